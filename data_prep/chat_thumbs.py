@@ -21,10 +21,11 @@ from typing import Any
 
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.logs.forms import given_fields, read_messages
+from offline_lmrl.logs.forms import build_trajectory
+from offline_lmrl.logs.messages import read_turns
 from offline_lmrl.logs.preference_forms import root_group
 from offline_lmrl.logs.record import Drop, Record
-from offline_lmrl.logs.trajectory import Trajectory, Turn, build_trajectory
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 
 _TAGS = ("useful", "complete", "creative", "clear_formatting", "incorrect", "superficial", "instructions_not_followed")
 _COMPARIA = {
@@ -39,7 +40,6 @@ _COMPARIA = {
     "comment",
     *_TAGS,
 }
-_FIELDS = {"messages", "reaction", "reactions", "group", "source"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ChatThumbs(TrajectoryImporter):
                 f"{row.where}: fields: found {shown(list(row))}, expected messages and reaction {{turn, value}}, "
                 "or messages and reactions, a list of those"
             )
-        turns = read_messages(row["messages"], row.where, "messages", row.repairs, allow_empty=True)
+        turns = read_turns(row, "messages", allow_empty=True)
         found = [row.inner("reaction")] if row.get("reactions") is None else row.objects("reactions")
         if any(turn.reward is not None for turn in turns):
             raise Drop("rewards in addition to reactions")
@@ -68,12 +68,16 @@ class ChatThumbs(TrajectoryImporter):
             else turn
             for i, turn in enumerate(turns[: max(scored) + 1])
         ]
-        given = {"group": root_group(turns), "source": "chat-thumbs"} | given_fields(row, ("group", "source"))
-        made = build_trajectory(credited, given, row.where)
-        labels = row.others(_FIELDS)
-        labels["reactions"] = [reaction.columns(reaction) for reaction in found]
-        labels["agent_turns"] = sum(turn.role == "assistant" for turn in turns)
-        return replace(made, labels=labels)
+        made = build_trajectory(
+            row,
+            credited,
+            {"group": root_group(turns), "source": "chat-thumbs"},
+            ("group", "source"),
+            ("messages", "reaction", "reactions"),
+        )
+        reactions = [reaction.columns(reaction) for reaction in found]
+        agent_turns = sum(turn.role == "assistant" for turn in turns)
+        return replace(made, labels={**made.labels, "reactions": reactions, "agent_turns": agent_turns})
 
     def assemble(
         self, found: dict[str, list[Trajectory]], report: dict[str, Any]

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from data_prep.comparisons import ComparisonImporter
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.forms import read_messages
+from offline_lmrl.logs.messages import read_turns
 from offline_lmrl.logs.preference_forms import read_comparison
 from offline_lmrl.logs.record import Drop, Record
 from offline_lmrl.logs.trajectory import Turn, messages_of
@@ -127,7 +127,7 @@ def _pair(row: Record, names: tuple[str, ...]) -> tuple[str, Comparison] | None:
     if split is not None and (not isinstance(split, str) or split not in SPLITS):
         raise row.error("split", f"one of {', '.join(SPLITS)}")
     if before == "context":
-        prompt = read_messages(row["context"], row.where, "context", row.repairs, allow_empty=True)
+        prompt = read_turns(row, "context", allow_empty=True)
     else:
         prompt = _prompt(row.text(before))
     parts = {

@@ -15,12 +15,10 @@ from typing import Any
 
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.forms import given_fields
+from offline_lmrl.logs.forms import build_trajectory
 from offline_lmrl.logs.preference_forms import read_context, read_reply, root_group
 from offline_lmrl.logs.record import Drop, Record
-from offline_lmrl.logs.trajectory import Trajectory, build_trajectory
-
-_FIELDS = {"prompt", "completion", "label", "group", "source", "labels"}
+from offline_lmrl.logs.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +33,8 @@ class Kto(TrajectoryImporter):
         label = row.thumb("label")
         if label is None:
             raise Drop("no label")
-        context = read_context(row["prompt"], row.where, row.repairs)
-        reply = read_reply(row["completion"], context, row["prompt"], row.where, "completion", row.repairs)
+        context = read_context(row, "prompt")
+        reply = read_reply(row, "completion", context, row["prompt"])
         agent = [i for i, turn in enumerate(reply) if turn.is_trainable]
         if not agent:
             raise Drop("a completion without an agent turn")
@@ -45,9 +43,14 @@ class Kto(TrajectoryImporter):
         if any(turn.reward is not None for turn in reply):
             raise Drop("a reward in addition to the label")
         reply[agent[-1]] = replace(reply[agent[-1]], reward=1.0 if label else -1.0)
-        given = {"group": root_group(context), "source": "kto"} | given_fields(row, ("group", "source", "labels"))
-        made = build_trajectory([*context, *reply], given, row.where)
-        return replace(made, labels={**row.others(_FIELDS), **made.labels, "label": label})
+        made = build_trajectory(
+            row,
+            [*context, *reply],
+            {"group": root_group(context), "source": "kto"},
+            ("group", "source", "labels"),
+            ("prompt", "completion", "label"),
+        )
+        return replace(made, labels={**made.labels, "label": label})
 
     def assemble(
         self, found: dict[str, list[Trajectory]], report: dict[str, Any]

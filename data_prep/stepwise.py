@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.forms import given_fields
+from offline_lmrl.logs.forms import build_trajectory
 from offline_lmrl.logs.preference_forms import read_context, root_group
 from offline_lmrl.logs.record import Drop, Record, thumb
-from offline_lmrl.logs.trajectory import Trajectory, Turn, build_trajectory
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.settings import setting
-
-_FIELDS = {"prompt", "completions", "group", "source"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Stepwise(TrajectoryImporter):
                 f"{row.where}: labels: found {len(values)} for {len(steps)} completions, expected one for each "
                 "completion"
             )
-        context = read_context(row["prompt"], row.where, row.repairs)
+        context = read_context(row, "prompt")
         turns, labels = [], []
         for i, (name, value) in enumerate(zip(steps, values, strict=True)):
             step = steps.text(name)
@@ -64,6 +62,11 @@ class Stepwise(TrajectoryImporter):
             raise Drop("no step with a label")
         if rated != sorted(rated, reverse=True):
             row.repairs["kept: a right step after a wrong one"] += 1
-        given = {"group": root_group(context), "source": "stepwise"} | given_fields(row, ("group", "source"))
-        made = build_trajectory([*context, *turns], given, row.where)
-        return replace(made, labels={**row.others(_FIELDS), "labels": labels})
+        made = build_trajectory(
+            row,
+            [*context, *turns],
+            {"group": root_group(context), "source": "stepwise"},
+            ("group", "source"),
+            ("prompt", "completions"),
+        )
+        return replace(made, labels={**made.labels, "labels": labels})

@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,7 @@ def shown(value: Any) -> str:
         text += part
         if len(text) > _SHOWN:
             break
-    return _short(text)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def listed(names: Iterable[str]) -> str:
@@ -73,12 +73,21 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
-    """Context manager: put the place of a row, "file:row", in front of the message of every InputError."""
+def at(where: str, joint: str = ": ") -> Iterator[None]:
+    """Context manager: put the place of a row, "file:row", and a joint in front of the message of every InputError."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{where}{joint}{error}") from error
+
+
+def require(holds: bool, message: str) -> None:
+    """Check a condition on something given by the user.
+
+    Raises: InputError with this message if the condition does not hold.
+    """
+    if not holds:
+        raise InputError(message)
 
 
 class Stopped(KeyboardInterrupt):
@@ -102,8 +111,16 @@ class Failed(RuntimeError):
     """
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+@contextmanager
+def _as_input_error(message_of: Callable[[str], str]) -> Iterator[None]:
+    """Context manager: turn any exception into an InputError; `message_of` maps its first line to the message."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(message_of(first)) from error
 
 
 @contextmanager
@@ -116,21 +133,20 @@ def reading_pretrained(name: str | Path, what: str) -> Iterator[None]:
 
     Raises: InputError with the name and the first line of the library's message.
     """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        first = _first_line(error)
+
+    def message(first: str) -> str:
         if os.path.isdir(name):  # False, without an error, for a name that cannot be a path
-            raise InputError(
-                f"{name}: found a folder whose {what} cannot be read ({first}), "
-                f"expected a {what} that transformers can load"
-            ) from error
-        raise InputError(
+            return (
+                f"{name}: found a folder whose {what} cannot be read ({first}), expected a {what} that transformers "
+                "can load"
+            )
+        return (
             f"{name}: found no such folder, and no {what} of that name could be loaded from the hub ({first}), "
             "expected one of them"
-        ) from error
+        )
+
+    with _as_input_error(message):
+        yield
 
 
 @contextmanager
@@ -172,54 +188,7 @@ def reading(where: str | Path, what: str) -> Iterator[None]:
 
     Raises: InputError with the place and the first line of the library's message.
     """
-    try:
+    with _as_input_error(
+        lambda first: f"{where}: found {what} that cannot be read ({first}), expected a complete one"
+    ):
         yield
-    except InputError:
-        raise
-    except Exception as error:
-        first = _first_line(error)
-        raise InputError(f"{where}: found {what} that cannot be read ({first}), expected a complete one") from error
-
-
-def in_our_words(message: str, prefix: str = "") -> str:
-    """Rewrite jsonargparse's error about a wrong type as `key: found x, expected y`.
-
-    Other messages keep their words and become one line.
-
-    Args:
-      message: the error message of jsonargparse.
-      prefix: text put before the key, such as "args.", when the key is that of a nested config.
-    """
-    message = " ".join(message.split())
-    if ours := re.search(r"Errors: - (\S+: found .*) - Expected a <class 'NoneType'>", message):
-        return ours[1]  # from inside a dataclass that may be null
-    problem = re.match(r'Parser key "([^"]+)": (.*)$', message)
-    if not problem:
-        return message
-    key, rest = f"{prefix}{problem[1]}", problem[2]
-    given = re.search(r".*(?:Given value|Got value): (.*)$", rest)
-    expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected an? (.*?)\. Got value", rest)
-    if not (given and expected):
-        return f"{key}: {rest}"
-    plain = _plain_type(expected[1] or expected[2])
-    if re.fullmatch(r"[+-]?(nan|inf(inity)?)", given[1], re.IGNORECASE):  # a float too, so "expected float" misleads
-        plain = re.sub(r"\bfloat\b", "a finite number", plain)
-    return f"{key}: found {_short(given[1])}, expected {plain}"
-
-
-def _short(text: str) -> str:
-    """Return the text of a value, cut to at most _SHOWN characters, the length that `shown` allows."""
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
-
-
-def _plain_type(text: str) -> str:
-    """Put a type into plain words, for example "<class 'int'>, <class 'NoneType'>" into "int or null".
-
-    Args:
-      text: the type as jsonargparse prints it.
-    """
-    text = re.sub(r"<(?:class|enum) '(?:\w+\.)*(\w+)'>", r"\1", text)
-    text = text.replace("typing.", "").replace("NoneType", "null")
-    if choices := re.fullmatch(r"Literal\[(.*)\]", text):
-        return f"one of {choices[1]}"
-    return re.sub(r", (?![^\[]*\])", " or ", text)

@@ -3,10 +3,11 @@
 The same functions rename what an earlier version wrote to runs, checkpoints and results, whenever these are read.
 """
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, shown
 
 # Settings, entries of a run's config, and fields of checkpoints: old name -> new name.
 KEYS = {
@@ -42,6 +43,11 @@ FOREIGN = (
     "template_text",
     "reference",
 )
+# `evaluate RUN` of version 0.1: name of the command that has these flags now -> the flags; all others are in both.
+EVALUATE = {
+    "play": "environment settings episodes seed repeats cluster batch_size output asks planner".split(),
+    "logs": "data split reward betas kl_budget fqe show".split(),
+}
 CHOSEN = "methods"  # the mapping whose keys are names that users chose
 
 
@@ -125,6 +131,34 @@ def current_flags(argv: Sequence[str]) -> list[str]:
             found.append(_value(flag, word))
             flag = None
     return found
+
+
+def evaluate_commands(argv: Sequence[str], holds_comparisons: Callable[[str], bool]) -> list[list[str]]:
+    """Return what `evaluate RUN` of version 0.1 is now, with a warning.
+
+    Args:
+      argv: the command line after `evaluate`.
+      holds_comparisons: True for a path of comparisons.
+    Returns: "play", "logs" or "scorer", with the words after it, of each command to run.
+    Raises: InputError if the flags choose none of them.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--data", nargs="?")
+    data = early.parse_known_args(argv)[0].data
+    part, words = "", {"play": [], "logs": [], "": []}
+    for word in argv:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].partition(".")[0]
+            part = next((part for part, flags in EVALUATE.items() if name in flags), "")
+        words[part].append(word)
+    parts = [part for part in EVALUATE if words[part]]
+    if data is not None and holds_comparisons(data):
+        parts, words["scorer"] = ["scorer"], words["logs"] + words["play"]
+    if not parts:
+        raise InputError(f"evaluate: found {shown(argv[0])}, expected play, logs or scorer")
+    names = " and ".join(f"evaluate {part} RUN" for part in parts)
+    _warn("offline-lmrl ", "evaluate RUN", names)
+    return [[part, *words[""], *words[part]] for part in parts]
 
 
 def _value(flag: str | None, value: str) -> str:

@@ -21,7 +21,7 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
 from offline_lmrl.decoding.scorers import drop_too_long, load_scorer
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
@@ -42,7 +42,6 @@ from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.renamed import current
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
-from offline_lmrl.tokens.checks import score_columns
 from offline_lmrl.tokens.tokenizers import load_tokenizer, train_tokenizer
 from offline_lmrl.training.checkpoint import checkpoints, noted_signals, step_of
 from offline_lmrl.training.config import BaseConfig
@@ -148,16 +147,15 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
     Returns: training rows, and validation rows or None; ([], None) for an algorithm that plays and has no data.train.
     Raises: InputError if data cannot be read, or if an algorithm that learns from data has no data.train.
     """
-    trainer_class = load_algorithm(algorithm)[1]
     if data.train is None:
-        if not trainer_class.plays:
+        if not ALGORITHMS[algorithm].plays:
             raise InputError("data.train: missing, expected a file, folder or hub name of the data to learn from")
         return [], None
 
     def rows(source: str, counts: Counter[str]) -> Rows:
         if data.preference is not None:
             return scored(source, data.preference, counts)
-        return trainer_class.read_rows(args, source, counts, data.reward)
+        return args.read_rows(source, counts, data.reward)
 
     train, held_out, left_out = rows(data.train, counts), None, Counter()
     if data.validation:
@@ -168,6 +166,8 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
                 shared
             )
     if isinstance(train[0], Trajectory) and not any(turn.reward is not None for row in train for turn in row.turns):
+        from offline_lmrl.tokens.checks import score_columns
+
         counts[f"rows without any reward{reward_hint(score_columns(train))}"] = len(train)
     if in_one_group(train):
         counts["rows that are all in one group, so that none can be held out for validation"] = len(train)
@@ -224,14 +224,13 @@ def build_trainer(
       environment: the result of `open_environment`; None for an algorithm that learns from data.
     Raises: InputError if model, data and settings do not fit together.
     """
-    trainer_class = load_algorithm(algorithm)[1]
     transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
     tokenizer = build_tokenizer(model, rows)
     network: PreTrainedModel
     if model.scratch is not None:
-        network = trainer_class.new_model(args, model.scratch, tokenizer)
+        network = args.new_model(model.scratch, tokenizer)
     else:
-        network = trainer_class.open_model(args, model.path, model.trust_remote_code)
+        network = args.open_model(model.path, model.trust_remote_code)
     peft_config = None
     if model.lora is not None:
         peft = require_peft()
@@ -239,8 +238,8 @@ def build_trainer(
             peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
         except (TypeError, ValueError) as error:
             raise InputError(f"model.lora: found {model.lora}, expected fields of peft.LoraConfig: {error}") from error
-    sources = (environment, rows or None) if trainer_class.plays else (rows, validation)
-    return trainer_class(network, args, *sources, tokenizer, peft_config)
+    sources = (environment, rows or None) if ALGORITHMS[algorithm].plays else (rows, validation)
+    return load_algorithm(algorithm)[1](network, args, *sources, tokenizer, peft_config)
 
 
 def open_environment(algorithm: str, environment: Mapping[str, Any] | None, players: Mapping[str, Any]) -> Any:
@@ -254,7 +253,7 @@ def open_environment(algorithm: str, environment: Mapping[str, Any] | None, play
     Returns: the environment or a factory of it, as `rollout` takes it; None for an algorithm that learns from data.
     Raises: InputError if an environment is missing, or given to an algorithm that learns from data.
     """
-    if not load_algorithm(algorithm)[1].plays:
+    if not ALGORITHMS[algorithm].plays:
         if environment is not None:
             raise InputError(
                 f"environment: found {shown(environment)}, expected none, as {algorithm} learns from data"
@@ -423,7 +422,7 @@ def train(
             before = runs_before(model.path, args.named_run, *scorer_runs(data.preference))
             report = {
                 **trainer.costs(),
-                **trainer.outcome(),
+                **trainer.outcome,
                 **(costs or {}),
                 "start_tokens": sum(before.values()),
                 "before": before,

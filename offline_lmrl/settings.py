@@ -12,6 +12,7 @@ and types follow one set of rules and errors have one wording:
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -22,7 +23,10 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 from offline_lmrl.errors import InputError, listed, shown
 
-Made = TypeVar("Made")
+SCALARS = (bool, int, float, str, Path, NoneType)
+LISTS = (list, tuple, Sequence)
+MAPPINGS = (dict, Mapping)
+MAX_WHOLE = 2**63  # torch, Arrow and numpy cannot hold numbers from here on
 WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -30,19 +34,19 @@ WORDS = {
     str: "text",
     Path: "a path",
     NoneType: "null",
-    list: "a list",
-    tuple: "a list",
-    Sequence: "a list",
-    dict: "a mapping of settings",
-    Mapping: "a mapping of settings",
+    **dict.fromkeys(LISTS, "a list"),
+    **dict.fromkeys(MAPPINGS, "a mapping of settings"),
 }
+REQUIRED = MISSING  # the default of a setting that has to be given
+Made = TypeVar("Made")
 
 
 def setting(default: Any, help: str) -> Any:
     """Return a dataclass field with a default and the text that the command line shows for it.
 
     Args:
-      default: the default, or a function without arguments that makes it, for mutable values such as lists.
+      default: the default, or a function without arguments that makes it, for mutable values such as lists; REQUIRED
+        = none.
       help: what the setting does, its unit, and what null means.
     """
     if callable(default):
@@ -54,14 +58,16 @@ class Word(str):
     """The value of a setting on the command line: text, unless the setting takes another type.
 
     Attributes:
-      value: the value of the text in YAML, for settings that do not take text.
+      value: the value of the text in YAML, for settings that do not take text; the text if it has none.
+      problem: the reason why it has none; "" = it has one.
     """
 
     value: Any
+    problem: str
 
-    def __new__(cls, text: str, value: Any) -> "Word":
+    def __new__(cls, text: str, value: Any, problem: str = "") -> "Word":
         word = super().__new__(cls, text)
-        word.value = value
+        word.value, word.problem = value, problem
         return word
 
 
@@ -69,31 +75,42 @@ class Parameter(NamedTuple):
     """A field of a dataclass, or a parameter of a function or class.
 
     hint: its type; Any if it has no annotation.
-    default: MISSING if it has none; a new value if the dataclass makes one.
-    help: the text of a field made by `setting`; "" = none.
+    default: MISSING if it has none.
+    help: what it does; "" = not known.
     """
 
     hint: Any
-    default: Any
+    default: Any = MISSING
     help: str = ""
 
 
+Parameters = Mapping[str, Parameter]
+
+
 def parameters_of(make: Callable[..., Any]) -> dict[str, Parameter]:
-    """Return name -> parameter of a dataclass, class or function, in the order of declaration."""
+    """Return name -> parameter of a dataclass, class or function, in the order of declaration.
+
+    The help is that of the field (`setting`), or the text after the parameter's name in the docstring's "Args:".
+    """
     if is_dataclass(make):
-        hints = get_type_hints(make)
-        return {
-            f.name: Parameter(
-                hints[f.name],
-                f.default if f.default_factory is MISSING else f.default_factory(),
-                f.metadata.get("help", ""),
-            )
-            for f in fields(make)
-            if f.init
-        }
-    hints = get_type_hints(make.__init__ if isinstance(make, type) else make)
-    named = (p for p in inspect.signature(make).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
-    return {p.name: Parameter(hints.get(p.name, Any), MISSING if p.default is p.empty else p.default) for p in named}
+        hints, own = get_type_hints(make), [f for f in fields(make) if f.init]
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in own}
+        return {f.name: Parameter(hints[f.name], defaults[f.name], f.metadata.get("help", "")) for f in own}
+    try:
+        hints = get_type_hints(make.__init__ if isinstance(make, type) else make)
+    except (NameError, TypeError):  # annotations that only a type checker can read, or none: any value will do
+        hints = {}
+    listed_there = (inspect.getdoc(make) or "").partition("Args:\n")[2]
+    texts = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", listed_there, re.MULTILINE))
+    return {
+        p.name: Parameter(
+            hints.get(p.name, Any),
+            MISSING if p.default is p.empty else p.default,
+            " ".join(texts.get(p.name, "").split()),
+        )
+        for p in inspect.signature(make).parameters.values()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
 
 
 def build(make: Callable[..., Made], given: Mapping[str, Any], where: str = "") -> Made:
@@ -103,26 +120,28 @@ def build(make: Callable[..., Made], given: Mapping[str, Any], where: str = "") 
       make: the class.
       given: name -> value, with mappings for the dataclasses inside it.
       where: dotted name of the mapping, for error messages; "" = the top.
-    Raises: InputError that names the setting, what was found and what was expected; also for a ValueError
-      of the class.
+    Raises: InputError that names the setting, what was found and what was expected; a ValueError of the class too.
     """
-    return _Reader(make, where).build(make, given, where)
+    return _Reader(parameters_of(make), where).build(make, given, where)
 
 
 def arguments(
-    make: Callable[..., Any],
+    parameters: Parameters,
     given: Mapping[str, Any],
     where: str = "",
     readers: Mapping[Any, Callable[[Any], Any]] | None = None,
 ) -> dict[str, Any]:
-    """Check and convert the settings that are given for a function or class, which is not called.
+    """Check and convert the settings that are given for a function or class, without calling it.
 
-    Args: as in `build`, and
+    Args:
+      parameters: the settings that exist, such as `parameters_of` a function.
+      given: name -> value, with mappings for dataclasses.
+      where: dotted name of the mapping, for error messages; "" = the top.
       readers: further types -> function that converts a plain value to that type; None = none.
-    Returns: name -> value, for the settings that are given.
-    Raises: InputError that names the setting.
+    Returns: name -> value, for the settings that are given, and for dataclasses that have no default.
+    Raises: InputError that names the setting, what was found and what was expected.
     """
-    return _Reader(make, where, readers or {}).arguments(make, given, where)
+    return _Reader(parameters, where, readers or {}).arguments(parameters, given, where)
 
 
 def plain(value: Any) -> Any:
@@ -151,16 +170,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def dataclass_in(hint: Any) -> type | None:
-    """Return the dataclass that a type is or, if it is a union, contains; None = it has none."""
+    """Return the dataclass that a type is or, as a union, contains; None = neither."""
     return next((part for part in (hint, *_members(hint)) if isinstance(part, type) and is_dataclass(part)), None)
 
 
-def names_of(make: Callable[..., Any], where: str = "") -> Iterator[str]:
-    """Yield the dotted names of all settings, of the dataclasses inside too."""
-    for name, parameter in parameters_of(make).items():
-        yield _join(where, name)
+def all_settings(parameters: Parameters, where: str = "") -> Iterator[tuple[str, Parameter]]:
+    """Yield (dotted name, parameter) of all settings; those of a dataclass follow the setting that holds it."""
+    for name, parameter in parameters.items():
+        yield _join(where, name), parameter
         if inner := dataclass_in(parameter.hint):
-            yield from names_of(inner, _join(where, name))
+            yield from all_settings(parameters_of(inner), _join(where, name))
 
 
 def expected(hint: Any) -> str:
@@ -181,46 +200,46 @@ def expected(hint: Any) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the settings of one thing; `root` and `where` are that thing and its dotted name, for suggestions."""
+    """Reads the settings of one thing; `root` are all its settings and `where` its dotted name, for suggestions."""
 
-    root: Callable[..., Any]
+    root: Parameters
     where: str
     readers: Mapping[Any, Callable[[Any], Any]] = field(default_factory=dict)
 
     def build(self, make: Callable[..., Any], given: Mapping[str, Any], where: str, default: Any = None) -> Any:
         """Make `make` from settings; those that are not given are those of `default`, an instance of it, or None."""
+        parameters = parameters_of(make)
+        if default is not None:
+            parameters = {name: one._replace(default=getattr(default, name)) for name, one in parameters.items()}
         try:
-            values = self.arguments(make, given, where, complete=default is None)
+            values = self.arguments(parameters, given, where)
             return make(**values) if default is None else replace(default, **values)
         except InputError:
             raise
         except ValueError as error:  # raised by a class about its own settings
             raise InputError(f"{where}: {error}" if where else str(error)) from error
 
-    def arguments(
-        self, make: Callable[..., Any], given: Mapping[str, Any], where: str, complete: bool = True
-    ) -> dict[str, Any]:
-        """Check and convert settings; `complete`: those without a default must be given."""
-        parameters, found = parameters_of(make), {}
-        for name, value in given.items():
+    def arguments(self, parameters: Parameters, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        for name in given:
             if name not in parameters:
                 raise self._unknown(name if isinstance(name, str) else shown(name), where, parameters)
-            parameter = parameters[name]
-            kind = get_origin(parameter.hint) or parameter.hint
-            if plain(value) is None and (is_dataclass(kind) or kind in (dict, Mapping, list, tuple, Sequence)):
-                continue  # a group of settings, or a list, in which every line is a comment
-            default = parameter.default if is_dataclass(parameter.default) else None
-            found[name] = self.convert(value, parameter.hint, _join(where, name), default)
-        for name, parameter in parameters.items():
-            if complete and name not in found and parameter.default is MISSING:
-                raise InputError(f"{_join(where, name)}: missing, expected {expected(parameter.hint)}")
+        found = {}
+        for name, (hint, default, _) in parameters.items():
+            key, kind, value = _join(where, name), get_origin(hint) or hint, given.get(name, MISSING)
+            if value is not MISSING and plain(value) is None and (is_dataclass(kind) or kind in LISTS + MAPPINGS):
+                value = MISSING  # a group of settings, or a list, in which every line is a comment
+            if value is not MISSING:
+                found[name] = self.convert(value, hint, key, default if is_dataclass(default) else None)
+            elif default is MISSING and is_dataclass(kind):
+                found[name] = self.build(kind, {}, key)
+            elif default is MISSING:
+                raise InputError(f"{key}: missing, expected {expected(hint)}")
         return found
 
-    def _unknown(self, name: str, where: str, parameters: Iterable[str]) -> InputError:
-        hint = (
-            nearest(_join(where, name), names_of(self.root, self.where)) or f", expected one of {listed(parameters)}"
-        )
-        return InputError(f"{_join(where, name)}: found a setting that does not exist{hint}")
+    def _unknown(self, name: str, where: str, parameters: Parameters) -> InputError:
+        key, known = _join(where, name), [known for known, _ in all_settings(self.root, self.where)]
+        hint = nearest(key, known) or f", expected {f'one of {listed(parameters)}' if parameters else 'none'}"
+        return InputError(f"{key}: found a setting that does not exist{hint}")
 
     def convert(self, value: Any, hint: Any, where: str, default: Any = None) -> Any:
         """Return the value as the type `hint`.
@@ -239,14 +258,17 @@ class _Reader:
             return self.readers[origin](plain(value))
         if origin in SCALARS or origin is Literal or (isinstance(origin, type) and issubclass(origin, Enum)):
             return _scalar(value, hint, where)
-        value = plain(value) if not isinstance(value, Mapping) else value
+        if isinstance(value, Word):
+            if value.problem:
+                raise InputError(f"{where}: found text that is not YAML ({value.problem})")
+            value = value.value
         if is_dataclass(origin) and isinstance(value, Mapping):
             return self.build(origin, value, where, default)
-        if origin in (list, tuple, Sequence) and isinstance(value, list | tuple):
+        if origin in LISTS and isinstance(value, list | tuple):
             part = parts[0] if parts else Any
             made = [self.convert(inner, part, f"{where}[{i}]") for i, inner in enumerate(value)]
             return tuple(made) if origin is tuple else made
-        if origin in (dict, Mapping) and isinstance(value, Mapping):
+        if origin in MAPPINGS and isinstance(value, Mapping):
             part = parts[1] if parts else Any
             return {name: self.convert(inner, part, f"{where}.{name}") for name, inner in value.items()}
         if origin in WORDS or (is_dataclass(origin) and not isinstance(value, origin)):
@@ -262,8 +284,10 @@ class _Reader:
         members = [member for member in _members(hint) if member is not NoneType]
         if plain(value) is None and len(members) < len(_members(hint)):
             return None
+        texts = [member for member in (str, Path) if member in members]
+        others = [member for member in members if member not in texts]
         errors = []
-        for member in sorted(members, key=lambda member: (member is str) == isinstance(value, Word)):
+        for member in others + texts if isinstance(value, Word) else texts + others:
             try:
                 return self.convert(value, member, where, default)
             except InputError as error:
@@ -271,9 +295,6 @@ class _Reader:
         # An error inside the value, such as an unknown key of a mapping, says more than the list of types.
         inside = [error for error in errors if not str(error).startswith(f"{where}: found ")]
         raise inside[0] if inside else _wrong(value, hint, where)
-
-
-SCALARS = (bool, int, float, str, Path, NoneType)
 
 
 def _scalar(value: Any, hint: Any, where: str) -> Any:
@@ -290,19 +311,28 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
         return str(value)
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
-    value = plain(value)
-    try:
-        if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-            number = hint(value) if isinstance(value, str) or hint is float else value
-            if isinstance(number, hint) and math.isfinite(number):
-                return number
-        if hint is bool and isinstance(value, bool):
-            return value
-        if isinstance(hint, type) and issubclass(hint, Enum):
-            return hint(value)
-    except (ValueError, OverflowError):
-        pass
+    found = plain(value)
+    number = _number(found, hint) if hint in (int, float) else None
+    if isinstance(number, int) and abs(number) >= MAX_WHOLE:
+        raise InputError(f"{where}: found {shown(number)}, expected a number of at most 64 bits")
+    if number is not None:
+        return number
+    if hint is bool and isinstance(found, bool):
+        return found
+    if isinstance(hint, type) and issubclass(hint, Enum) and found in [member.value for member in hint]:
+        return hint(found)
     raise _wrong(value, hint, where)
+
+
+def _number(value: Any, kind: type) -> int | float | None:
+    """Return a number, or text that is one, as the finite `kind`, int or float; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = kind(value) if isinstance(value, str) or kind is float else value
+        return number if isinstance(number, kind) and (kind is int or math.isfinite(number)) else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -311,7 +341,9 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _wrong(value: Any, hint: Any, where: str) -> InputError:
-    value = "null" if plain(value) is None else shown(plain(value))
+    if isinstance(value, Word) and isinstance(value.value, bool | None):
+        value = str(value)  # as it was typed: "no", not False
+    value = "null" if value is None else shown(plain(value))
     return InputError(f"{where}: found {value}, expected {expected(hint)}")
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from offline_lmrl.cli import main as cli
+from offline_lmrl.cli import main
 from offline_lmrl.errors import LONGEST_MESSAGE
 
 
@@ -36,7 +36,7 @@ def run_command(*arguments: Any, seconds: float = 60, stdin: str = "") -> tuple[
     """A command in this process: exit code, stdout, stderr. It has to end in time, with 0, or with 2 and one line."""
     out, err = io.StringIO(), io.StringIO()
     with time_limit(seconds), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _stdin(stdin):
-        code = cli.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
     out, err = out.getvalue(), err.getvalue()
     assert code in (0, 2), (code, err)
     if code == 2:

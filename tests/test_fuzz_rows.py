@@ -190,8 +190,7 @@ def test_check_answers_whatever_a_file_holds(tmp_path, form, seed, n):
 @pytest.mark.parametrize(("seed", "n"), [(0, 40), pytest.param(1, 1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.parquet", "rows"])
 def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, seed, n):
-    turns = [trajectory.turn_from_record(message, "f:1") for message in SCORED[0]["messages"]]
-    made = [trajectory.build_trajectory(turns, SCORED[0] | {"group": str(i)}, "f:1") for i in range(30)]
+    made = [read_row(SCORED[0] | {"group": str(i)}, "f:1", Counter()) for i in range(30)]
     write_trajectories(tmp_path / name, made)
     whole = tmp_path / "whole"
     (tmp_path / name).rename(whole)

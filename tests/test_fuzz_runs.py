@@ -22,12 +22,12 @@ RUNS = {
     "reward_model": {"algorithm": "reward_model", "data": "pairs.jsonl"},
 }
 COMMANDS = {
-    "evaluate logs": ("evaluate", "RUN", "--data", "scored.jsonl", "--betas", "[1]"),
-    "evaluate play": ("evaluate", "RUN", "--environment", "gamble", "--episodes", 2, "--max_new_tokens", 2),
+    "evaluate logs": ("evaluate", "logs", "RUN", "--data", "scored.jsonl", "--betas", "[1]"),
+    "evaluate play": ("evaluate", "play", "RUN", "--environment", "gamble", "--episodes", 2, "--max_new_tokens", 2),
     "generate": ("generate", "RUN", "--max_new_tokens", 2),
     "export": ("export", "RUN", "--output", "exported", "--q_reduce", "mean", "--data", "scored.jsonl"),
     "relabel": ("relabel", "scored.jsonl", "--scorer", "RUN", "--output", "relabelled.jsonl"),
-    "evaluate scorer": ("evaluate", "RUN", "--data", "pairs.jsonl"),
+    "evaluate scorer": ("evaluate", "scorer", "RUN", "--data", "pairs.jsonl"),
     "train on": ("train", "--algorithm", "bc", "--model.path", "RUN", "--data.train", "scored.jsonl",
                  "--args.output_dir", "on", "--args.max_steps", 1, "--args.max_length", 32, "--args.use_cpu", "true"),
     "check": ("check", "scored.jsonl", "--tokenizer", "RUN"),

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import yaml
 
-from offline_lmrl.cli import main as cli
+from offline_lmrl.cli import main
 from offline_lmrl.comparison.report import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
-from offline_lmrl.renamed import KEYS, MOVED, VALUES, current, current_flags
+from offline_lmrl.renamed import KEYS, MOVED, VALUES, current, current_flags, evaluate_commands
 
 WALK = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 256}
 
@@ -116,7 +116,7 @@ def write_as_before(folder):
 
 @pytest.fixture
 def logs(tmp_path):
-    assert cli.main(["prepare", "toys", "--task", "walk", "--episodes", "40", "--output", str(tmp_path / "data")]) == 0
+    assert main(["prepare", "toys", "--task", "walk", "--episodes", "40", "--output", str(tmp_path / "data")]) == 0
     return tmp_path / "data" / "train.jsonl"
 
 
@@ -127,7 +127,7 @@ def command(tmp_path, logs, name, *more):
     settings = {"algorithm": name, "model": spec, "data": {"train": str(logs)}, "args": args}
     file = tmp_path / f"{name}.yaml"
     file.write_text(yaml.safe_dump(as_before(settings)))
-    return cli.main(["train", str(file)])
+    return main(["train", str(file)])
 
 
 def test_runs_written_before_open_play_and_resume_to_the_same_weights(tmp_path, logs, capsys, caplog):
@@ -157,3 +157,22 @@ def test_an_extraction_written_before_is_the_same_run(tmp_path, logs, capsys):
     before = (tmp_path / "awr" / "config.yaml").stat().st_mtime_ns
     assert command(tmp_path, logs, "awr", value_model) == 0
     assert (tmp_path / "awr" / "config.yaml").stat().st_mtime_ns == before  # not trained again
+
+
+def test_evaluate_of_before_becomes_the_commands_that_its_flags_choose(caplog):
+    def now(*argv):
+        return evaluate_commands(argv, lambda path: path == "pairs")
+
+    assert now("run", "--environment", "maze", "--beta", "2") == [
+        ["play", "run", "--beta", "2", "--environment", "maze"]
+    ]
+    assert "evaluate RUN is now called evaluate play RUN; version 0.2 is the last" in caplog.text
+    assert now("run", "--data=logs", "--show", "1") == [["logs", "run", "--data=logs", "--show", "1"]]
+    assert now("run", "--settings.size", "3", "--asks", "[0]", "--data", "logs", "--device", "cpu") == [
+        ["play", "run", "--device", "cpu", "--settings.size", "3", "--asks", "[0]"],
+        ["logs", "run", "--device", "cpu", "--data", "logs"],
+    ]
+    assert now("run", "--data", "pairs", "--output", "x") == [["scorer", "run", "--data", "pairs", "--output", "x"]]
+    for argv in (["run"], ["plya", "run", "--beta", "2"]):
+        with pytest.raises(InputError, match=f"evaluate: found '{argv[0]}', expected play, logs or scorer"):
+            now(*argv)

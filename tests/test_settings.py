@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.settings import Word, arguments, build, expected, setting
+from offline_lmrl.settings import Word, arguments, build, expected, parameters_of, setting
 
 
 class Colour(Enum):
@@ -66,6 +66,7 @@ class Outer:
         ({"sizes": [4, 5]}, "sizes", (4, 5)),
         ({"sizes": None}, "sizes", (1, 2)),
         ({"ask": Word("2", 2)}, "ask", 2.0),
+        ({"name": Word("{x", "{x", "no end")}, "name", "{x"),
         ({"ask": Word("max", "max")}, "ask", "max"),
         ({"ask": "2"}, "ask", "2"),  # quoted in a file: text, because the setting takes text
         ({"ask": 2}, "ask", 2.0),
@@ -101,8 +102,13 @@ def test_a_value_becomes_what_the_setting_takes(given, name, value):
         ({"rate": math.nan}, "rate: found nan, expected a finite number"),
         ({"rate": Word("nan", "nan")}, "rate: found 'nan', expected a finite number"),
         ({"count": 2.5}, "count: found 2.5, expected a whole number"),
+        ({"free": {"a": Word("{x", "{x", "no end")}}, "free.a: found text that is not YAML (no end)"),
+        ({"count": Word("{x", "{x", "no end")}, "count: found '{x', expected a whole number"),
+        ({"count": 2**63}, "count: found 9223372036854775808, expected a number of at most 64 bits"),
         ({"count": True}, "count: found True, expected a whole number"),
         ({"count": 10**400}, "count: found "),
+        ({"fast": Word("", None)}, "fast: found '', expected true or false"),
+        ({"kind": Word("no", False)}, "kind: found 'no', expected one of tied, linear, 4"),
         ({"fast": 1}, "fast: found 1, expected true or false"),
         ({"folder": [1]}, "folder: found [1], expected a path or null"),
         ({"kind": "cubic"}, "kind: found 'cubic', expected one of tied, linear, 4"),
@@ -143,12 +149,12 @@ def test_functions_and_classes_are_read_by_their_annotations():
     def function(first: int, second: "float" = 1.0):
         pass
 
-    assert arguments(function, {"first": Word("2", 2)}) == {"first": 2}
+    assert arguments(parameters_of(function), {"first": Word("2", 2)}) == {"first": 2}
     given = {"scorers": ["1j", 2], "words": 3, "names": ["a"], "other": [Word("1", 1)]}
-    found = arguments(Rule, given, readers={complex: complex})
+    found = arguments(parameters_of(Rule), given, readers={complex: complex})
     assert found == {"scorers": [1j, 2], "words": 3, "names": ["a"], "other": [1]}
     with pytest.raises(InputError, match="^scorer.words: missing, expected a whole number$"):
-        arguments(Rule, {"scorers": []}, "scorer", {complex: complex})
+        arguments(parameters_of(Rule), {"scorers": []}, "scorer", {complex: complex})
 
 
 def test_types_are_put_in_plain_words():

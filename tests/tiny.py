@@ -18,7 +18,7 @@ class OneByOne:
     preamble, agent_opening = (), ()
 
     @property
-    def printer(self):
+    def check(self):
         return self
 
     def encode(self, turns):

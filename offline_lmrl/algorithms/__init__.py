@@ -13,6 +13,7 @@ class Algorithm(NamedTuple):
     config: the config class.
     trainer: the trainer class.
     trains_values: its runs have value heads.
+    plays: it is trained by playing in an environment, not from data alone.
     value_model: use of the run in the setting `value_model`: "learns" from its Q and V, or "starts" V from its trunk;
       None = the algorithm has no such setting.
     """
@@ -21,19 +22,32 @@ class Algorithm(NamedTuple):
     config: str
     trainer: str
     trains_values: bool = False
+    plays: bool = False
     value_model: Literal["learns", "starts"] | None = None
 
+    @property
+    def regime(self) -> str:
+        """The information that its runs learn from, as reports name it."""
+        return "environment" if self.plays else "labels only"
 
-ALGORITHMS = {
-    "bc": Algorithm("behaviour_cloning", "BCConfig", "BCTrainer"),
-    "ilql": Algorithm("ilql", "ILQLConfig", "ILQLTrainer", trains_values=True),
-    "return_conditioned": Algorithm(
+
+class Algorithms(dict[str, Algorithm]):
+    """Algorithms by name. Raises: InputError if a name is unknown."""
+
+    def __missing__(self, name: str) -> Algorithm:
+        raise InputError(f"algorithm: found {shown(name)}, expected one of {', '.join(self)}")
+
+
+ALGORITHMS = Algorithms(
+    bc=Algorithm("behaviour_cloning", "BCConfig", "BCTrainer"),
+    ilql=Algorithm("ilql", "ILQLConfig", "ILQLTrainer", trains_values=True),
+    return_conditioned=Algorithm(
         "return_conditioned", "ReturnConditionedConfig", "ReturnConditionedTrainer", value_model="learns"
     ),
-    "awr": Algorithm("awr", "AWRConfig", "AWRTrainer", value_model="learns"),
-    "ppo": Algorithm("ppo", "PPOConfig", "PPOTrainer", value_model="starts"),
-    "reward_model": Algorithm("reward_model", "RewardModelConfig", "RewardModelTrainer"),
-}
+    awr=Algorithm("awr", "AWRConfig", "AWRTrainer", value_model="learns"),
+    ppo=Algorithm("ppo", "PPOConfig", "PPOTrainer", plays=True, value_model="starts"),
+    reward_model=Algorithm("reward_model", "RewardModelConfig", "RewardModelTrainer"),
+)
 
 
 def load_algorithm(name: str) -> tuple[type, type]:
@@ -44,8 +58,6 @@ def load_algorithm(name: str) -> tuple[type, type]:
     Returns: its config class and its trainer class.
     Raises: InputError if the name is unknown.
     """
-    if name not in ALGORITHMS:
-        raise InputError(f"algorithm: found {shown(name)}, expected one of {', '.join(ALGORITHMS)}")
     algorithm = ALGORITHMS[name]
     loaded = import_module(f"{__name__}.{algorithm.module}")
     return getattr(loaded, algorithm.config), getattr(loaded, algorithm.trainer)

@@ -17,27 +17,26 @@ Deviations from the paper:
 `inverse_temperature: 0` makes all weights 1, which is behaviour cloning.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from offline_lmrl.decoding.policy import load_value_model
-from offline_lmrl.decoding.value_model import compute_step_values, log_encoder
+from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model
+from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import remove_heads
+from offline_lmrl.models.step_outputs import compute_step_outputs
 from offline_lmrl.ops.value_learning import awr_weight
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
-from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.training.config import OfflineConfig, check_range
-from offline_lmrl.training.trainer import OfflineTrainer
+from offline_lmrl.training.trainer import Encoding, OfflineTrainer
 
 
 @dataclass
@@ -92,62 +91,52 @@ class AWRTrainer(OfflineTrainer):
 
     algorithm = "awr"
 
-    def __init__(self, model, args: AWRConfig, *positional, **keywords):
-        self.value_model = load_value_model(args.value_model, device=args.device)
-        super().__init__(model, args, *positional, **keywords)
-        del self.value_model
-
-    def step_rule(self, args: AWRConfig) -> StepRule:
-        return log_encoder(self.value_model).step_rule
-
-    def fit_scale(self, model, train, args: AWRConfig) -> RewardScale:
-        found = log_encoder(self.value_model).scale
-        if args.reward_scale not in (None, found.scale):
-            raise InputError(
-                f"reward_scale: found {args.reward_scale}, expected the value model's {found.scale:g}: its Q and V "
-                "are in that unit; leave it out"
-            )
-        return found
-
-    def check_model(self, model, args: AWRConfig) -> None:
-        super().check_model(model, args)
-        if log_encoder(self.value_model).return_ids_for is not None:
+    def encoding(self, model, train) -> Encoding:
+        value_model = load_value_model(self.args.value_model, device=self.args.device)
+        logged = log_encoder(value_model)
+        if logged.return_ids_for is not None:
             raise InputError("value_model: found a model that is conditioned on returns, expected one that is not")
-        for name, expected in asdict(self.value_model.window).items():
-            if (found := getattr(args, name)) != expected:
-                raise InputError(
-                    f"{name}: found {found}, expected the value model's {expected}: both use the same windows"
-                )
-        found, expected = (
-            args.few_shot and asdict(args.few_shot),
-            run_metadata(self.value_model.model.config).get("few_shot"),
-        )
-        if found != expected:
+        self._check_same_windows(value_model)
+        if self.args.reward_scale not in (None, logged.scale.scale):
             raise InputError(
-                f"few_shot: found {found}, expected the value model's {expected}: both use the same windows"
+                f"reward_scale: found {self.args.reward_scale}, expected the value model's {logged.scale.scale:g}: "
+                "its Q and V are in that unit; leave it out"
             )
-        found, expected = self.renderer.fingerprint, self.value_model.renderer.fingerprint
-        if found != expected:
+        return Encoding(logged.scale, logged.step_rule, columns=partial(self._advantages, value_model.model))
+
+    def _check_same_windows(self, value_model: LanguagePolicy) -> None:
+        """Check that this run and the value model see the same tokens in the same windows.
+
+        Raises: InputError that names the setting which differs.
+        """
+        args, few_shot = self.args, run_metadata(value_model.model.config).get("few_shot")
+        windows, tokens = "both use the same windows", "both use the same tokens, in the same chat template"
+        found = asdict(args.window) | {"few_shot": args.few_shot and asdict(args.few_shot)}
+        for name, expected in (asdict(value_model.window) | {"few_shot": few_shot}).items():
+            if found[name] != expected:
+                raise InputError(f"{name}: found {found[name]}, expected the value model's {expected}: {windows}")
+        if self.renderer.fingerprint != value_model.renderer.fingerprint:
             raise InputError(
-                f"tokenizer: found fingerprint {found}, expected the value model's {expected}: "
-                "both use the same tokens, in the same chat template"
+                f"tokenizer: found fingerprint {self.renderer.fingerprint}, expected the value model's "
+                f"{value_model.renderer.fingerprint}: {tokens}"
             )
 
-    def prepare_model(self, model, args: AWRConfig, windows: WindowDataset):
-        return remove_heads(super().prepare_model(model, args, windows))
-
-    def _windows(self, trajectories: Sequence[Trajectory], args: AWRConfig, counts: Counter[str]) -> WindowDataset:
-        windows = super()._windows(trajectories, args, counts)
+    def _advantages(self, model: torch.nn.Module, windows: WindowDataset) -> dict[str, np.ndarray]:
+        """Return "advantage", Q − V of the value model at each of the windows' N steps, (N,)."""
+        args = self.args
         share = args.process_index, args.world_size
-        values = compute_step_values(self.value_model.model, windows, args.per_device_eval_batch_size, share)
+        values = compute_step_outputs(model, windows, ("target_q", "v"), share=share)
         # Each rank has zeros outside its share, so the sum over ranks is the whole.
-        advantage = reduce(torch.from_numpy(values["target_q"] - values["v"]).to(args.device), "sum")
-        return windows.with_columns(advantage=advantage.cpu().numpy())  # so that batches carry each step's advantage
+        advantage = reduce(torch.from_numpy(values.target_q - values.v).to(args.device), "sum")
+        return {"advantage": advantage.cpu().numpy()}
 
-    def loss_terms(self, outputs, steps):
-        loss, weight = awr_loss(outputs, steps, self.args)
+    def prepare_model(self, model, windows):
+        return remove_heads(model)
+
+    def losses(self, outputs, batch):
+        loss, weight = awr_loss(outputs, batch["steps"], self.args)
         clipped = (weight == self.args.weight_clip).float()
-        advantage = steps["advantage"]
+        advantage = batch["steps"]["advantage"]
         return loss, {"loss/policy": loss, "weight": weight, "weight/clipped": clipped, "value/advantage": advantage}
 
 

@@ -18,7 +18,7 @@ from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.settings import setting
 from offline_lmrl.training.config import OfflineConfig
-from offline_lmrl.training.trainer import OfflineTrainer
+from offline_lmrl.training.trainer import Logs, OfflineTrainer
 
 
 @dataclass
@@ -79,13 +79,13 @@ class BCTrainer(OfflineTrainer):
 
     algorithm = "bc"
 
-    def select(self, trajectories, args: BCConfig):
-        return keep_best(trajectories, args.keep_share, args.keep_above, args.per_group)
+    def choose(self, logs: Logs) -> Logs:
+        args = self.args
+        return logs._replace(train=keep_best(logs.train, args.keep_share, args.keep_above, args.per_group))
 
-    def prepare_model(self, model, args: BCConfig, windows):
-        # Value heads fit the trunk as it was before this training.
-        return remove_heads(super().prepare_model(model, args, windows))
+    def prepare_model(self, model, windows):
+        return remove_heads(model)  # value heads fit the trunk as it was before this training
 
-    def loss_terms(self, outputs, steps):
+    def losses(self, outputs, batch):
         loss = -outputs["log_prob"]
         return loss, {"loss/policy": loss}

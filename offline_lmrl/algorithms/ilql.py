@@ -25,9 +25,11 @@ Deviations from the paper, each a number or a default of the config:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
 
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
@@ -39,10 +41,9 @@ from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.training.config import GuidedConfig, check_range
-from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, TargetUpdates, require_targets
+from offline_lmrl.training.trainer import KNOWN_TURN, Encoding, OfflineTrainer, require_targets
 
 
 @dataclass
@@ -98,7 +99,7 @@ class ILQLConfig(GuidedConfig):
         "How the run chooses tokens when it plays; saved with the run.",
     )
 
-    saved_decoding: ClassVar = ("beta", "q_reduce", "support", "candidates", "clip")
+    always_saved: ClassVar = ("beta", "q_reduce", "support", "candidates", "clip")
 
     def __post_init__(self) -> None:
         check_range(
@@ -172,6 +173,27 @@ def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor],
     return loss * steps["has_target"][close]
 
 
+class TargetUpdates(TrainerCallback):
+    """A callback that updates the target heads of Q after every optimizer step.
+
+    The update (a Polyak step) is target ← rate · online + (1 − rate) · target. Optimizer steps that the loss scaler
+    skipped are left out.
+
+    Args:
+      rate: share of the online heads, in [0, 1].
+    Attributes:
+      count: number of updates so far.
+    """
+
+    def __init__(self, rate: float):
+        self.rate, self.count = rate, 0
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        if not optimizer.step_was_skipped:  # Trainer calls this method in both cases
+            extract_model_from_parallel(model).update_targets(self.rate)
+            self.count += 1
+
+
 class ILQLTrainer(OfflineTrainer):
     """The trainer that fits policy, Q and V together to scored trajectories.
 
@@ -179,34 +201,41 @@ class ILQLTrainer(OfflineTrainer):
     """
 
     algorithm = "ilql"
-    rows_for_next_v = True
 
     def __init__(self, model, args: ILQLConfig, *positional, **keywords):
         super().__init__(model, args, *positional, **keywords)
         self.target_updates = TargetUpdates(args.target_rate)
         self.add_callback(self.target_updates)
 
-    def rows_for_end_v(self, args: ILQLConfig) -> bool:
-        return args.monte_carlo > 0
+    def encoding(self, model, train) -> Encoding:
+        args = self.args
+        rule = StepRule(args.discount_per_token, args.discount_per_turn, args.bootstrap_from_turn)
+        # A return-conditioned model learns values under the null condition: a return in the context would leak the
+        # outcome.
+        tokens = return_tokens_of(model, self.renderer)
+        return Encoding(
+            self._scale(model, RewardScale.fit(train, args.reward_scale, discounted=rule.discounted)),
+            rule,
+            return_ids_for=tokens and tokens.nulls,
+            next_rows=True,
+            end_rows=args.monte_carlo > 0,
+            request={"value_grad_scale": args.value_grad_scale, "conservative": args.conservative_weight > 0},
+        )
 
-    def step_rule(self, args: ILQLConfig) -> StepRule:
-        return StepRule(args.discount_per_token, args.discount_per_turn, args.bootstrap_from_turn)
-
-    def fit_scale(self, model, train, args: ILQLConfig) -> RewardScale:
-        """Return the reward scale stored with the model's value heads, whose outputs are in that unit; else fit one.
+    def _scale(self, model: PreTrainedModel, fitted: RewardScale) -> RewardScale:
+        """Return the reward scale stored with the model's value heads, whose outputs are in that unit; else `fitted`.
 
         Raises: InputError if the setting `reward_scale` differs from the stored scale, or if the stored shift of
           rewards would change this task (see `RewardScale`).
         """
-        fitted = super().fit_scale(model, train, args)
         stored = run_metadata(model.config).get("reward_scale")
-        if getattr(model, "value_heads", None) is None or stored is None:
+        if model.value_heads is None or stored is None:
             return fitted
         found = RewardScale(**stored)
-        if args.reward_scale not in (None, found.scale):
+        if self.args.reward_scale not in (None, found.scale):
             raise InputError(
-                f"reward_scale: found {args.reward_scale}, expected {found.scale:g}, the scale of the model's value "
-                "heads; leave it out, or start from a model without value heads"
+                f"reward_scale: found {self.args.reward_scale}, expected {found.scale:g}, the scale of the model's "
+                "value heads; leave it out, or start from a model without value heads"
             )
         if found.shift != 0 and found.scored_turns != fitted.scored_turns:
             raise InputError(
@@ -216,37 +245,20 @@ class ILQLTrainer(OfflineTrainer):
             )
         return found
 
-    def return_ids(self, model, train, args: ILQLConfig):
-        """Return the function that maps a trajectory to null ids (no requested return) before its agent turns.
-
-        A return-conditioned model learns values under the null condition, because a return in the context would leak
-        the outcome. None for a model that is not conditioned on returns.
-        """
-        tokens = return_tokens_of(model, self.renderer)
-        return tokens and tokens.nulls
-
-    def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
+    def prepare_model(self, model, windows):
+        args, scale = self.args, self.encoder.scale
         utterance, ends = args.utterance_weight > 0, int(windows.closing_steps.sum())
         require_targets("utterance_weight", args.utterance_weight, ends, KNOWN_TURN)
-        if getattr(model, "value_heads", None) is not None:  # keep training existing heads
+        if model.value_heads is not None:  # keep training existing heads
             there = run_metadata(model.config)["value_heads"]
             check_same_heads("the model", there | {"kind": args.value_heads, "utterance": utterance}, there)
             return model
-        start = windows.mean_return if args.initial_value is None else self.scale.apply_to_return(args.initial_value)
+        start = windows.mean_return if args.initial_value is None else scale.apply_to_return(args.initial_value)
         heads = ValueHeadsConfig(kind=args.value_heads, initial_value=start, utterance=utterance)
         return add_value_heads(model, heads)
 
-    def stored_blocks(self, args: ILQLConfig) -> Mapping[str, Any]:
-        return {"decoding": args.to_dict()["decoding"]}
-
-    def forward_options(self) -> Mapping[str, Any]:
-        return {
-            "value_grad_scale": self.args.value_grad_scale,
-            "conservative": self.args.conservative_weight > 0,
-        }
-
-    def loss_terms(self, outputs, steps):
-        args = self.args
+    def losses(self, outputs, batch):
+        args, steps = self.args, batch["steps"]
         losses = ilql_losses(outputs, steps, args)
         total = args.policy_weight * losses["policy"] + args.value_weight * (losses["q"] + losses["v"])
         if "conservative" in losses:

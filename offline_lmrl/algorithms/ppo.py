@@ -1,9 +1,10 @@
 """Proximal policy optimisation (Schulman et al. 2017) for language, as RLHF runs it (Ziegler et al. 2019).
 
-PPO is the only algorithm here that generates its own data. `iterate` is one iteration, top to bottom: the sampler
-plays episodes; they are encoded, as in the offline algorithms, as windows (rows of tokens) with packed steps, one for
-each token that the agent wrote (the sampled token ids are kept, nothing is tokenised again); one pass computes
-log-probabilities and V of all steps; K epochs of minibatches follow. Over the agent's N tokens:
+PPO is the only algorithm here that generates its own data. `PPOTrainer.iterate` is one iteration: `Rollouts` plays
+episodes; `shape_scores` makes the scores to learn from; `Observer` encodes the episodes, as in the offline
+algorithms, as windows (rows of tokens) with packed steps, one for each token that the agent wrote (the sampled token
+ids are kept, nothing is tokenised again), and computes log-probabilities and V of all steps; `credit` computes
+advantages; `Update` runs K epochs of minibatches. Over the agent's N tokens:
 
     r_t = score on the token that closes a turn − β · (log π − log π_ref)          A: GAE of r and V, across env. text
     L   = max(−A ρ, −A clip(ρ, 1 ± ε)) + c_v · ½ max((V − G)², (V_clipped − G)²) − c_e · H  [+ γ · −log π(log)]
@@ -29,12 +30,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -47,16 +50,16 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import write_trajectories
-from offline_lmrl.logs.protocols import Environment, VectorEnvironment
+from offline_lmrl.logs.protocols import Environment, VectorEnvironment, optional
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.actor_critic import ActorCritic
-from offline_lmrl.models.adapters import run_metadata
+from offline_lmrl.models.adapters import has_adapter, run_metadata
 from offline_lmrl.models.guided import as_guided, remove_heads
 from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
-from offline_lmrl.models.step_outputs import packed_logits
+from offline_lmrl.models.step_outputs import collect_outputs, packed_logits
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.ops.policy_gradient import (
     Moments,
@@ -78,17 +81,17 @@ from offline_lmrl.ops.policy_gradient import (
 )
 from offline_lmrl.ops.value_learning import td_target
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.batching import TokenBatch, WindowDataset, encode_trajectories
+from offline_lmrl.tokens.batching import TokenBatch, WindowDataset, encode_trajectories, pick
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.tokens.experience import Experience
+from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.training.config import OfflineConfig, check_range
-from offline_lmrl.training.loop import LoopTrainer
-from offline_lmrl.training.trainer import OfflineTrainer, check_model, tokenizer_beside, with_adapter
+from offline_lmrl.training.loop import Learner, LoopTrainer, mean_over_processes
+from offline_lmrl.training.starting_model import check_model, tokenizer_beside, with_adapter
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
 OVERSHOOT = 1.5  # an update stops when its approx_kl exceeds this multiple of `stop_kl`
 SAMPLER_GAP = {False: 1e-3, True: 0.05}  # largest mean gap of sampler and learner, nats per token, by bf16
-SUMS = ("episodes", "environment_steps", "reward_queries", "generated_tokens", "training_tokens")
 
 
 @dataclass
@@ -229,16 +232,16 @@ class PPOConfig(OfflineConfig):
             unfinished_penalty=(0, 1e9),
         )
         optional = ("value_clip_range", "kl_target", "stop_kl", "max_kl", "clip_scores")
-        check_range(self, **{n: (1e-12, math.inf) for n in optional if getattr(self, n) is not None})
+        check_range(self, **{name: (1e-12, math.inf) for name in optional if vars(self)[name] is not None})
         if self.kl_estimator not in KL_ESTIMATORS:
             raise InputError(
                 f"kl_estimator: found {shown(self.kl_estimator)}, expected one of {', '.join(KL_ESTIMATORS)}"
             )
         decoding = DecodingConfig.from_dict(self.decoding)
         for name, expected in (("beta", 0.0), ("condition_scale", 0.0), ("ask", None), ("stop", ())):
-            if getattr(decoding, name) != expected:
+            if (found := vars(decoding)[name]) != expected:
                 raise InputError(
-                    f"decoding.{name}: found {shown(getattr(decoding, name))}, expected the default: PPO learns "
+                    f"decoding.{name}: found {shown(found)}, expected the default: PPO learns "
                     "from the policy's own samples, up to their closing token"
                 )
         if decoding.temperature == 0:
@@ -289,6 +292,410 @@ def ppo_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], confi
     return losses
 
 
+class Rollouts:
+    """The episodes of each iteration: played here, and written to the folder rollouts/ of the run.
+
+    Args:
+      config: the settings.
+      player: the policy in training, with its decoding.
+      environment: the environment.
+      accelerator: autocasts the policy as in training.
+    """
+
+    def __init__(self, config: PPOConfig, player: LanguagePolicy, environment: Any, accelerator: Accelerator):
+        self.config, self.player, self.environment, self.accelerator = config, player, environment, accelerator
+
+    def play(self, iteration: int, bar: tqdm | None = None) -> list[Trajectory]:
+        """Play this process's share of an iteration's episodes; no seed is used twice in a run.
+
+        Args:
+          iteration: number of the iteration, from 0.
+          bar: shows the number of episodes played; None = no progress bar.
+        Returns: one trajectory per episode, with the environment's rewards.
+        """
+        config = self.config
+        # Iterations, and runs that differ in their seed alone, get disjoint ranges of episode seeds.
+        first = config.first_seed + (config.seed * config.max_steps + iteration) * config.episodes
+        seeds = range(first, first + config.episodes)[config.process_index :: config.world_size]
+        show = None if bar is None else lambda done, total: bar.set_postfix(played=f"{done}/{total}")
+        with self.accelerator.autocast():
+            episodes = rollout(self.player, self.environment, seeds, max_turns=config.max_turns, progress=show)
+        if config.save_rollouts:
+            part = f"-{config.process_index}" if config.world_size > 1 else ""
+            file = Path(config.output_dir) / "rollouts" / f"iteration-{iteration:05d}{part}.jsonl"
+            write_trajectories(file, episodes)
+        return episodes
+
+    def remove_from(self, iteration: int) -> None:
+        """Delete the stored episodes of this iteration and later ones, which a resumed run plays again."""
+        for file in sorted(Path(self.config.output_dir).glob("rollouts/iteration-*.jsonl")):
+            if self.config.should_save and int(file.stem.split("-")[1]) >= iteration:
+                file.unlink()
+
+
+def agent_turns(trajectories: Sequence[Trajectory]) -> list[Turn]:
+    return [turn for trajectory in trajectories for turn in trajectory.turns if turn.is_trainable]
+
+
+def is_closed(turn: Turn, close_ids: frozenset[int]) -> bool:
+    """True if the turn, as sampled, ends with one of the ids that close a turn."""
+    return bool(close_ids & {*turn.token_ids[-1:]})
+
+
+def shape_scores(
+    trajectories: Sequence[Trajectory], close_ids: frozenset[int], config: PPOConfig, moments: Moments
+) -> tuple[list[Trajectory], Moments]:
+    """Replace each agent turn's reward by the score that PPO learns from.
+
+    The changes are made in this order: `unfinished_score` and `unfinished_penalty`, then `scale_scores`, then
+    `clip_scores`.
+
+    Args:
+      trajectories: the episodes of this process, with the environment's rewards.
+      close_ids: the ids that close a turn.
+      config: the settings.
+      moments: the moments of all earlier scores.
+    Returns: the episodes, and the moments of all scores so far, which change only with `scale_scores`.
+    """
+    turns = agent_turns(trajectories)
+    score = torch.tensor([turn.reward or 0.0 for turn in turns], dtype=torch.float64)
+    closed = torch.tensor([is_closed(turn, close_ids) for turn in turns])
+    if config.unfinished_score is not None:
+        score = replace_unfinished(score, closed, config.unfinished_score)
+    score = penalize_unfinished(score, closed, config.unfinished_penalty)
+    if config.scale_scores:
+        moments = moments.updated(torch.tensor(gather_object(score.tolist()), dtype=torch.float64))
+    shaped = iter(scale_scores(score, moments.std, config.clip_scores or math.inf).tolist())
+
+    def with_score(turn: Turn) -> Turn:
+        return replace(turn, reward=next(shaped)) if turn.is_trainable else turn
+
+    return [replace(t, turns=tuple(map(with_score, t.turns))) for t in trajectories], moments
+
+
+class Passes:
+    """Forward passes over windows: their batches on the training device, and the logits of the reference.
+
+    Args:
+      learner: the policy and V in training.
+      reference: the model π_ref; None = the policy with its adapter off.
+
+    Attributes:
+      tokens: number of tokens that models have read in this iteration.
+    """
+
+    def __init__(self, learner: Learner, reference: nn.Module | None):
+        self.learner, self.reference, self.tokens = learner, reference, 0
+
+    def batch(self, windows: WindowDataset, index: np.ndarray) -> TokenBatch:
+        batch = windows.batch(index)
+        self.tokens += int(batch["attention_mask"].sum())
+        return send_to_device(batch, self.learner.args.device)
+
+    def reference_logits(self, batch: TokenBatch) -> Tensor:
+        steps, policy = batch["steps"], self.learner.module.policy
+        inputs = {name: batch[name][: batch["windows"]] for name in ("input_ids", "attention_mask")}
+        self.tokens += int(inputs["attention_mask"].sum())
+        with policy.disable_adapter() if self.reference is None else contextlib.nullcontext():
+            return packed_logits(self.reference or policy, steps["row"], steps["state"], **inputs)[0]
+
+
+class Observer:
+    """What the model computes at the N steps (agent tokens) of played episodes, before the first update.
+
+    Args:
+      passes: the model and its reference.
+      player: the sampler, whose filters are applied here as well.
+      encoder: cuts episodes into windows.
+      config: the settings.
+    """
+
+    def __init__(self, passes: Passes, player: LanguagePolicy, encoder: EpisodeEncoder, config: PPOConfig):
+        self.passes, self.player, self.encoder, self.config = passes, player, encoder, config
+
+    @torch.no_grad()
+    def observe(self, trajectories: Sequence[Trajectory], counts: Counter[str]) -> Experience:
+        """Encode episodes and compute the model's outputs at all steps.
+
+        Args:
+          trajectories: the episodes, with the scores to learn from.
+          counts: updated in place: message -> number of dropped turns or other faults.
+        Returns: the encoded episodes with further columns, (N,) each: "behaviour_log_prob" (log π_old), "ref_log_prob"
+          (log π_ref), "sampled_log_prob" (as the sampler reported it), "behaviour_v" (V of the state), "next_v" (V of
+          the next state), "entropy", and "place" (the index of the step).
+        """
+        play, learner = self.config.play, self.passes.learner
+        experience = Experience.of(trajectories, self.encoder, counts, self.player.renderer.close_id)
+        experience.add(place=np.arange(len(experience.episode)))
+        allowed = self._allowed(trajectories, experience)
+        restricted = any(tokens is not None for tokens in allowed)
+        filtered = (play.top_k, play.top_p, play.min_p, play.support) != (None, None, None, 0.0)
+
+        def compute(batch: TokenBatch) -> dict[str, Tensor]:
+            places = batch["steps"]["place"].cpu().numpy()
+            self.passes.tokens += int(batch["attention_mask"].sum())
+            with learner.accelerator.autocast():
+                outputs = learner.module(batch, next_v=True)
+                reference = self.passes.reference_logits(batch)
+            logits, kept = outputs["logits"].float(), None
+            if restricted:
+                logits = logits.masked_fill(~_mask([allowed[i] for i in places], logits), -torch.inf)
+            if filtered or restricted:
+                # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
+                kept = filter_policy(logits, play) > -torch.inf
+                experience.keep(places, kept)
+            log_probs = log_distribution(logits, play.temperature, kept)
+            action = batch["steps"]["action"].unsqueeze(-1)
+            return {
+                "behaviour_log_prob": log_probs.gather(-1, action)[:, 0],
+                "ref_log_prob": log_distribution(reference, play.temperature, kept).gather(-1, action)[:, 0],
+                "behaviour_v": outputs["v"],
+                "next_v": outputs["next_v"],
+                "entropy": entropy(log_probs),
+            }
+
+        # A batch takes no more memory than one of windows that are all as long as the longest.
+        budget = self.config.per_device_train_batch_size * int(experience.windows.lengths.max())
+        found = collect_outputs(experience.windows, compute, self.config.device, budget)
+        sampled = [trajectories[episode].turns[turn].behaviour_log_prob[k] for episode, turn, k in experience.tokens()]
+        found["sampled_log_prob"] = np.asarray(sampled, dtype=np.float32)
+        experience.add(**found)
+        # next_v is stored now, so updates need no rows for next states.
+        experience.windows = replace(experience.windows, next_rows=False)
+        return experience
+
+    def _allowed(self, trajectories: Sequence[Trajectory], experience: Experience) -> list[list[int] | None]:
+        """Return, per step, the token ids that the environment's options (the only texts allowed in a turn) left open.
+
+        None for a step = all tokens.
+        """
+        found = []
+        for episode, turn, k in experience.tokens():
+            options = trajectories[episode].labels.get("options", {}).get(str(turn))
+            ids = [self.player.sampler.options.ids_of[text] for text in options or ()]
+            # Allowed next tokens are those of the options that start with the k tokens sampled so far.
+            sampled = trajectories[episode].turns[turn].token_ids[:k]
+            allowed = [option[k] for option in ids if option[:k] == sampled and len(option) > k]
+            found.append(allowed if options else None)
+        return found
+
+
+def _mask(allowed: Sequence[list[int] | None], logits: Tensor) -> Tensor:
+    """Return the allowed tokens of n steps as a bool mask (n, V), on the device of the logits (n, V)."""
+    mask = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, tokens in zip(mask, allowed, strict=True):
+        row[slice(None) if tokens is None else tokens] = True
+    return mask.to(logits.device)
+
+
+def check_start(experience: Experience, bf16: bool) -> None:
+    """Check, before the first update, that the policy equals its reference and that sampler and learner agree.
+
+    Args:
+      experience: the result of `Observer.observe`.
+      bf16: True if the model computes in bf16, whose rounding is allowed.
+    Raises: InputError that names the check that failed.
+    """
+    log_prob = experience.column("behaviour_log_prob")
+    kl = (log_prob - experience.column("ref_log_prob")).abs().max().item()
+    if kl > 1e-6:
+        raise InputError(
+            f"KL at step 0: found policy and reference {kl:.3g} nats apart on a token, expected 0: "
+            "the reference is not the model that the run starts from"
+        )
+    gap = (log_prob - experience.column("sampled_log_prob")).abs().mean().item()
+    if not gap <= SAMPLER_GAP[bf16]:
+        raise InputError(
+            f"KL at step 0: found sampler and learner {gap:.3g} nats per token apart, expected 0: "
+            "they differ in temperature, filters or dropout, or in the part of an episode that they see "
+            "(max_length must hold whole dialogues, or context must bound them)"
+        )
+
+
+def credit(experience: Experience, config: PPOConfig, kl_weight: float) -> dict[str, float]:
+    """Add the columns "advantage" and "returns" (N,) to the encoded episodes, in place.
+
+    Args:
+      experience: the result of `Observer.observe`.
+      config: the settings.
+      kl_weight: β.
+    Returns: metrics of the iteration before its update, by name.
+    """
+    column, known = experience.column, experience.column("has_target").bool()
+    log_prob, v, discount = column("behaviour_log_prob"), column("behaviour_v"), column("discount")
+    kl = KL_ESTIMATORS[config.kl_estimator](log_prob, column("ref_log_prob"))
+    reward = kl_shaped_reward(column("reward"), kl, kl_weight)[known]
+    if config.whiten_rewards:
+        reward = whiten(reward, keep_mean=True)
+    target = td_target(reward, column("next_v")[known], column("bootstrap")[known], discount[known])
+    episode = torch.from_numpy(experience.episode)[known]
+    advantage, returns = generalized_advantage(target, v[known], discount[known], episode, config.gae_lambda)
+    # Steps without a target have no advantage: they are left out above and get zeros here.
+    full = torch.zeros(2, len(known))
+    full[:, known] = torch.stack([whiten(advantage) if config.whiten_advantages else advantage, returns])
+    experience.add(advantage=full[0].numpy(), returns=full[1].numpy())
+    return {
+        "kl": kl.sum().item() / experience.n,
+        "kl_per_token": kl.mean().item(),
+        "entropy": column("entropy").mean().item(),
+        "explained_variance": value_statistics(v[known], v[known], returns, math.inf)["explained_variance"].item(),
+        "value": v.mean().item(),
+        "sampler_gap": (log_prob - column("sampled_log_prob")).abs().max().item(),
+    }
+
+
+class Update:
+    """K epochs of minibatches over the windows (rows of tokens) of an iteration.
+
+    Args:
+      passes: the model in training.
+      ptx: windows of logged data for `ptx_weight`; None = no such data.
+      config: the settings.
+    """
+
+    def __init__(self, passes: Passes, ptx: WindowDataset | None, config: PPOConfig):
+        self.passes, self.learner, self.ptx, self.config = passes, passes.learner, ptx, config
+
+    def run(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """Run the epochs over shuffled windows; return mean statistics by name.
+
+        Args:
+          experience: the encoded episodes, with advantages and returns.
+          iteration: number of the iteration, from 0.
+        Raises: InputError if there are fewer windows than minibatches.
+        """
+        config, windows, rows = self.config, len(experience.windows), []
+        if windows < config.minibatches:
+            raise InputError(
+                f"minibatches: found {config.minibatches}, expected at most {windows}, the number of windows in this "
+                "iteration"
+            )
+        dice = np.random.default_rng([config.seed, iteration, config.process_index])
+        shuffled = (dice.permutation(windows) for _ in range(config.epochs))
+        for index in (index for order in shuffled for index in np.array_split(order, config.minibatches)):
+            statistics = self.minibatch(experience, index, dice, warming=iteration < config.value_warmup)
+            if statistics is None:
+                break
+            rows.append(statistics)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+        if rows:
+            means["ratio_max"] = max(row["ratio_max"] for row in rows)
+        done = {"minibatches": len(rows), "learning_rate": self.learner.scheduler.get_last_lr()[0]}
+        return mean_over_processes(self.learner.accelerator, means) | done
+
+    def minibatch(
+        self, experience: Experience, index: np.ndarray, dice: np.random.Generator, warming: bool
+    ) -> dict[str, float] | None:
+        """Take one optimizer step on some windows.
+
+        Args:
+          experience: the encoded episodes.
+          index: indices of the windows in `experience`.
+          dice: the random generator that draws the logged windows for `ptx_weight`.
+          warming: True while only the value head learns (`value_warmup`).
+        Returns: statistics of the step by name; None, without a step, if `stop_kl` is exceeded.
+        """
+        config, learner = self.config, self.learner
+        compared, losses = self._backward(experience, index, self._logged_windows(len(index), dice, warming), warming)
+        clip = config.value_clip_range or math.inf
+        statistics = policy_statistics(compared["log_prob"], compared["behaviour_log_prob"], config.clip_range)
+        statistics |= value_statistics(compared["v"], compared["behaviour_v"], compared["returns"], clip)
+        del statistics["explained_variance"]  # `credit` computes it over the whole iteration
+        if config.stop_kl is not None:
+            approx_kl = learner.accelerator.reduce(statistics["approx_kl"], "mean")
+            if approx_kl > OVERSHOOT * config.stop_kl:
+                learner.optimizer.zero_grad()
+                return None
+        if config.tensorflow_eps:
+            for group in learner.optimizer.param_groups:
+                group["eps"] = tensorflow_adam_eps(config.adam_epsilon, config.adam_beta2, learner.updates + 1)
+        return {name: float(value) for name, value in (statistics | losses).items()} | {"grad_norm": learner.step()}
+
+    def _logged_windows(self, windows: int, dice: np.random.Generator, warming: bool) -> np.ndarray:
+        """Draw the indices of the logged windows for a minibatch of so many windows."""
+        if self.ptx is None or warming:
+            return np.zeros(0, dtype=int)
+        return dice.integers(len(self.ptx), size=max(1, round(self.config.ptx_examples * windows)))
+
+    def _backward(
+        self, experience: Experience, index: np.ndarray, logged: np.ndarray, warming: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add up the gradient of L over a minibatch, in chunks of the batch size.
+
+        Args:
+          experience: the encoded episodes.
+          index: indices of the windows in `experience`.
+          logged: indices of logged windows in `ptx`.
+          warming: True while only the value head learns.
+        Returns: the inputs of the statistics by name (see `ppo_terms`), and the mean of each term of L, as loss/NAME.
+        """
+        config, accelerator, size = self.config, self.learner.accelerator, self.config.per_device_train_batch_size
+        # The divisors of the two losses over all processes: steps with a target, and logged action tokens.
+        targets = int(experience.column("has_target")[experience.places(index)].sum())
+        tokens = len(pick(self.ptx.flat["state"], logged)[0]) if len(logged) else 0
+        divisors = accelerator.reduce(torch.tensor([targets, tokens], device=config.device), "sum").clamp(min=1)
+        chunks = [(partial(self.ppo_terms, experience, chunk, warming), divisors[0]) for chunk in _chunks(index, size)]
+        chunks += [(partial(self.ptx_terms, chunk), divisors[1]) for chunk in _chunks(logged, size)]
+        compared: list[dict[str, Tensor]] = []
+        losses: Counter[str] = Counter()
+        for number, (terms_of_chunk, divisor) in enumerate(chunks, start=1):
+            last = number == len(chunks)  # gradients are averaged over processes once, with the last chunk
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.learner.wrapped):
+                terms, outputs = terms_of_chunk()
+                terms = {f"loss/{name}": term.sum() / divisor for name, term in terms.items()}
+                # DDP averages gradients over ranks, the divisors are global: multiply once by the world size.
+                accelerator.backward(sum(terms.values()) * config.world_size)
+            losses.update({name: term.detach() for name, term in terms.items()})
+            compared += [outputs] if outputs else []
+        return {name: torch.cat([part[name] for part in compared]) for name in compared[0]}, losses
+
+    def ppo_terms(
+        self, experience: Experience, index: np.ndarray, warming: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the terms of L, times their weights, on some windows.
+
+        Args:
+          experience: the encoded episodes.
+          index: indices of the windows in `experience`.
+          warming: True while only the value head learns (`value_warmup`).
+        Returns: the terms by name, each (N,) for the N steps of the windows; and the inputs of the statistics by name,
+          without gradient, one number per step with a target.
+        """
+        config, batch = self.config, self.passes.batch(experience.windows, index)
+        steps = batch["steps"]
+        with self.learner.accelerator.autocast():
+            outputs = self.learner.wrapped(batch, value_only=warming)
+        kept = experience.kept_at(steps["place"].cpu().numpy(), outputs["logits"].shape[1])
+        kept = kept if kept is None else kept.to(config.device)
+        log_probs = log_distribution(outputs["logits"], config.play.temperature, kept)
+        learnt = {"v": outputs["v"]}
+        compared = learnt | {"log_prob": log_probs.gather(-1, steps["action"].unsqueeze(-1))[:, 0]}
+        if not warming:
+            learnt = dict(compared)
+            if config.entropy_weight > 0:
+                learnt["entropy"] = entropy(log_probs)
+        compared |= {name: steps[name] for name in ("behaviour_log_prob", "behaviour_v", "returns")}
+        known = steps["has_target"]
+        return ppo_losses(learnt, steps, config), {name: value.detach()[known] for name, value in compared.items()}
+
+    def ptx_terms(self, index: np.ndarray) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the loss on logged data, "ptx" -> (N,): ptx_weight · −log π of the N agent tokens in its windows.
+
+        Args:
+          index: indices of logged windows.
+        Returns: the loss as `ppo_terms` returns its terms, without inputs of statistics.
+        """
+        batch = self.passes.batch(self.ptx, index)
+        with self.learner.accelerator.autocast():
+            logits = self.learner.wrapped(batch)["logits"].float()
+        loss = nn.functional.cross_entropy(logits, batch["steps"]["action"], reduction="none")
+        return {"ptx": self.config.ptx_weight * loss}, {}
+
+
+def _chunks(index: np.ndarray, size: int) -> list[np.ndarray]:
+    return [index[start : start + size] for start in range(0, len(index), size)]
+
+
 class PPOTrainer(LoopTrainer):
     """A trainer of a policy that plays in an environment.
 
@@ -305,10 +712,6 @@ class PPOTrainer(LoopTrainer):
     """
 
     algorithm = "ppo"
-    # Logged data and models are opened as in the offline algorithms.
-    read_rows = staticmethod(OfflineTrainer.read_rows)
-    new_model = staticmethod(OfflineTrainer.new_model)
-    open_model = staticmethod(OfflineTrainer.open_model)
 
     def __init__(
         self,
@@ -333,8 +736,8 @@ class PPOTrainer(LoopTrainer):
         check_trains(policy, self.renderer)
         check_plays(policy, self.renderer)
         policy = remove_heads(policy).to(self.device)
-        rule, self.scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
-        self.encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=self.scale))
+        rule, scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
+        encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=scale))
         policy.config.offline_lmrl = run_metadata(policy.config) | {
             "algorithm": self.algorithm,
             **rendering_block(self.renderer),
@@ -342,81 +745,28 @@ class PPOTrainer(LoopTrainer):
             "step_rule": asdict(rule),
             "decoding": dict(args.decoding),
         }
-        value_model = None
-        if args.value_model != "shared":
-            value_model = copy.deepcopy(policy) if args.value_model == "copy" else self._open_value_model()
-            value_model = value_model.to(self.device).requires_grad_(True)
-        self.reference = None  # None = the policy with its adapter off
+        value_model = open_value_model(policy, args, self.renderer)
+        reference = None  # None = the policy with its adapter off
         if peft_config is None:
-            self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
+            reference = copy.deepcopy(policy).eval().requires_grad_(False)
         else:
             policy = with_adapter(policy, peft_config)
         transformers.set_seed(args.seed)  # ActorCritic draws the value head's first layer
-        module = ActorCritic(policy, value_model, self.scale)
-        self._freeze_unreached(module)
-        self.set_up(module, policy, average=args.ema > 0)
-        self.environment = environment
-        self.counts.update(getattr(environment, "counts", {}))
-        self.player = LanguagePolicy(policy, self.renderer, args.play, **asdict(args.window))
-        self.vocabulary = policy.get_output_embeddings().weight.shape[0]
-        self.ptx = None
-        if args.ptx_weight > 0:
-            columns = encode_trajectories(ptx_dataset, self.encoder, self.counts)
-            self.ptx = WindowDataset(columns, self.renderer.close_id, next_rows=False, end_rows=False)
-        self.kl_weight, self.moments = args.kl_weight, Moments()
-        self.totals.update(dict.fromkeys(SUMS, 0))
-        self.tokens_read = 0  # by this process since the last row of metrics
-
-    def _open_value_model(self) -> PreTrainedModel:
-        """Load the model that the setting `value_model` names.
-
-        Raises: InputError if its tokens differ from the policy's, or if it is a reward model whose score cannot be the
-          initial V.
-        """
-        args, name = self.args, self.args.value_model
-        is_reward = is_reward_model(name)
-        model = load_reward_model(name) if is_reward else load_model(name)
-        try:
-            check_model(model, self.renderer, args.max_length)
-        except InputError as error:
-            raise InputError(f"value_model: {name}: {error}") from error
-        if not is_reward:
-            return model
-        block = run_metadata(model.config)
-        if (head := block["reward"]["head"]) == "token":
-            raise InputError(
-                f"value_model: {name}: found a reward model with head: {head}, whose score is a sum over "
-                "tokens, expected head: terminal or turn, which V can read at one token"
-            )
-        context = block.get("window", {}).get("context")
-        if context not in (None, args.context):
-            raise InputError(
-                f"value_model: {name}: found a reward model with context: {context}, expected this run's "
-                f"context, {args.context}, as V reads what the policy sees"
-            )
-        if args.scale_scores:
-            raise InputError(
-                f"scale_scores: found true with the reward model {name} as value_model, expected only one of "
-                "them: V would start in another unit than the scaled scores"
-            )
-        return model.merge_and_unload() if hasattr(model, "peft_config") else model
-
-    def _freeze_unreached(self, module: ActorCritic) -> None:
-        """Freeze the parameters that get no gradient from the policy's logits or from V.
-
-        They are found by one forward pass on a made-up dialogue. It is long, because some parts of a model are used
-        for long texts only.
-
-        Args:
-          module: policy and V, on the training device.
-        """
-        long = "a " * (self.args.max_length // 4)
-        dialogue = Trajectory((Turn("user", long), Turn("assistant", "b", reward=0.0)))
-        columns = encode_trajectories([dialogue], self.encoder, Counter())
-        windows = WindowDataset(columns, self.renderer.close_id, next_rows=False, end_rows=False)
-        outputs = module(send_to_device(windows.batch(np.arange(1)), self.device))
-        if freeze_unreached(module, outputs["logits"].sum() + outputs["v"].sum()):
+        module = ActorCritic(policy, value_model, scale)
+        if _freeze_unreached(module, encoder, args):
             self.accelerator.ddp_handler.find_unused_parameters = True
+        self.set_up(module, policy, args.ema)
+        self.counts.update(optional(environment, "counts"))
+        player = LanguagePolicy(policy, self.renderer, args.play, **asdict(args.window))
+        ptx = None
+        if args.ptx_weight > 0:
+            columns = encode_trajectories(ptx_dataset, encoder, self.counts)
+            ptx = WindowDataset(columns, self.renderer.close_id, next_rows=False, end_rows=False)
+        self.passes = Passes(self.learner, reference)
+        self.rollouts = Rollouts(args, player, environment, self.accelerator)
+        self.observer = Observer(self.passes, player, encoder, args)
+        self.update = Update(self.passes, ptx, args)
+        self.state = {"kl_weight": args.kl_weight, "moments": list(Moments())}
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Run all iterations; write metrics and checkpoints to output_dir.
@@ -429,32 +779,29 @@ class PPOTrainer(LoopTrainer):
         """
         args = self.args
         self.begin(resume_from_checkpoint)
-        self.remove_rollouts_from(self.iteration)
-        started = time.monotonic()
-        with tqdm(total=args.max_steps, initial=self.iteration, desc="ppo", disable=self.is_quiet, leave=False) as bar:
+        self.rollouts.remove_from(self.iteration)
+        started, hidden = time.monotonic(), args.disable_tqdm or not self.accelerator.is_main_process
+        with tqdm(total=args.max_steps, initial=self.iteration, desc="ppo", disable=hidden, leave=False) as bar:
             while self.iteration < args.max_steps:
-                self.iterate(bar)
+                metrics = self.iterate(bar)
                 bar.update()
+                bar.set_postfix(score=f"{metrics['score']:.3g}", kl=f"{metrics['kl']:.3g}")
+                self.finish_iteration()
         self.log({"train_runtime": time.monotonic() - started})
 
-    def iterate(self, bar: tqdm) -> None:
-        """Run one iteration: play episodes, learn from them, and log a row of metrics; `bar` shows the progress."""
-        args, at = self.args, time.monotonic()
-        trajectories = self.play(bar)
+    def iterate(self, bar: tqdm | None = None) -> dict[str, float]:
+        """Run one iteration: play episodes, learn from them, log and return metrics; `bar` shows the progress."""
+        args, began = self.args, time.monotonic()
+        trajectories = self.rollouts.play(self.iteration, bar)
         played = time.monotonic()
-        experience = self.observe(self.scored(trajectories))
-        if self.iteration == 0:
-            self.check_start(experience)
-        metrics = self.credit(experience)
-        metrics |= self.update(experience)
-        self.scheduler.step()
+        metrics = self.learn(trajectories)
         self.iteration += 1
-        seconds = {"rollout_seconds": played - at, "update_seconds": time.monotonic() - played}
+        seconds = {"rollout_seconds": played - began, "update_seconds": time.monotonic() - played}
         metrics = self.episode_metrics(trajectories) | metrics | dict(self.totals) | seconds
         self.log(metrics)
         if args.kl_target is not None:
-            self.kl_weight = adaptive_kl_weight(
-                self.kl_weight, metrics["kl"], args.kl_target, args.episodes, args.kl_horizon
+            self.state["kl_weight"] = adaptive_kl_weight(
+                self.state["kl_weight"], metrics["kl"], args.kl_target, args.episodes, args.kl_horizon
             )
         if args.max_kl is not None and metrics["kl"] > args.max_kl:
             raise InputError(
@@ -462,376 +809,52 @@ class PPOTrainer(LoopTrainer):
                 f"{self.iteration}, expected at most {args.max_kl:g}: the policy has collapsed; "
                 "raise kl_weight, lower learning_rate or set stop_kl"
             )
-        bar.set_postfix(score=f"{metrics['score']:.3g}", kl=f"{metrics['kl']:.3g}")
-        self.finish_iteration()
+        return metrics
 
-    # Acting.
-
-    def play(self, bar: tqdm | None = None) -> list[Trajectory]:
-        """Play this process's share of the iteration's episodes; no seed is used twice in a run.
-
-        Args:
-          bar: shows the number of episodes played; None = no progress bar.
-        Returns: one trajectory per episode, with the environment's rewards.
-        """
-        args = self.args
-        # Iterations, and runs that differ in their seed alone, get disjoint ranges of episode seeds.
-        first = args.first_seed + (args.seed * args.max_steps + self.iteration) * args.episodes
-        seeds = list(range(first, first + args.episodes))[args.process_index :: args.world_size]
-        show = None if bar is None else lambda done, total: bar.set_postfix(played=f"{done}/{total}")
-        with self.accelerator.autocast():
-            trajectories = rollout(self.player, self.environment, seeds, max_turns=args.max_turns, progress=show)
-        if args.save_rollouts:
-            part = f"-{args.process_index}" if args.world_size > 1 else ""
-            file = Path(args.output_dir) / "rollouts" / f"iteration-{self.iteration:05d}{part}.jsonl"
-            write_trajectories(file, trajectories)
-        return trajectories
-
-    def remove_rollouts_from(self, iteration: int) -> None:
-        """Delete the stored episodes of this iteration and later ones, which a resumed run plays again."""
-        for file in sorted(Path(self.args.output_dir).glob("rollouts/iteration-*.jsonl")):
-            if self.args.should_save and int(file.stem.split("-")[1]) >= iteration:
-                file.unlink()
-
-    def scored(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Return the trajectories with each agent turn's reward replaced by the score that PPO learns from.
-
-        The changes are made in this order: `unfinished_score` and `unfinished_penalty`, then `scale_scores`, then
-        `clip_scores`.
-        """
-        args, ends = self.args, self.renderer.close_ids
-        turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
-        score = torch.tensor([turn.reward or 0.0 for turn in turns], dtype=torch.float64)
-        closed = torch.tensor([bool(ends & {*turn.token_ids[-1:]}) for turn in turns])
-        if args.unfinished_score is not None:
-            score = replace_unfinished(score, closed, args.unfinished_score)
-        score = penalize_unfinished(score, closed, args.unfinished_penalty)
-        std = 1.0
-        if args.scale_scores:
-            self.moments = self.moments.updated(torch.tensor(gather_object(score.tolist()), dtype=torch.float64))
-            std = self.moments.std
-        score = iter(scale_scores(score, std, args.clip_scores or math.inf).tolist())
-
-        def with_score(turn: Turn) -> Turn:
-            return replace(turn, reward=next(score)) if turn.is_trainable else turn
-
-        return [replace(t, turns=tuple(map(with_score, t.turns))) for t in trajectories]
-
-    # Reading.
-
-    @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
-        """Encode episodes and compute the model's outputs at all N steps (agent tokens) before the first update.
+        """Return the episodes, with scores shaped as the settings say, and the model's outputs at their steps."""
+        moments = Moments(*self.state["moments"])
+        scored, moments = shape_scores(trajectories, self.renderer.close_ids, self.args, moments)
+        self.state["moments"] = list(moments)
+        return self.observer.observe(scored, self.counts)
 
-        Returns: the encoded episodes with further columns, (N,) each: "behaviour_log_prob" (log π_old), "ref_log_prob"
-          (log π_ref), "sampled_log_prob" (as the sampler reported it), "behaviour_v" (V of the state), "next_v" (V of
-          the next state), "entropy", and "place" (the index of the step).
-        """
-        args, play = self.args, self.args.play
-        experience = Experience.of(trajectories, self.encoder, self.counts, self.renderer.close_id)
-        windows, allowed = experience.windows, self._allowed(trajectories, experience)
-        filtered = (play.top_k, play.top_p, play.min_p, play.support) != (None, None, None, 0.0)
-        found = {
-            name: np.zeros(len(experience.episode), dtype=np.float32)
-            for name in ("behaviour_log_prob", "ref_log_prob", "behaviour_v", "next_v", "entropy")
-        }
-        order = np.argsort(-windows.lengths, kind="stable")  # windows of similar length share a batch: less padding
-        size = args.per_device_train_batch_size
-        for index in (order[start : start + size] for start in range(0, len(order), size)):
-            batch, places = self._batch(windows, index), experience.places(index)
-            with self.accelerator.autocast():
-                outputs = self.module(batch, next_v=True)
-                reference = self._reference_logits(batch)
-            logits, kept = outputs["logits"].float(), None
-            if allowed is not None:
-                logits = logits.masked_fill(~self._mask([allowed[i] for i in places]), -torch.inf)
-            if filtered or allowed is not None:
-                # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
-                kept = filter_policy(logits, play) > -torch.inf
-                experience.keep(places, kept)
-            log_probs = log_distribution(logits, play.temperature, kept)
-            action = batch["steps"]["action"].unsqueeze(-1)
-            values = {
-                "behaviour_log_prob": log_probs.gather(-1, action)[:, 0],
-                "ref_log_prob": log_distribution(reference, play.temperature, kept).gather(-1, action)[:, 0],
-                "behaviour_v": outputs["v"],
-                "next_v": outputs["next_v"],
-                "entropy": entropy(log_probs),
-            }
-            for name, value in values.items():
-                found[name][places] = value.float().cpu().numpy()
-        sampled = [trajectories[episode].turns[turn].behaviour_log_prob[k] for episode, turn, k in experience.tokens()]
-        found["sampled_log_prob"] = np.asarray(sampled, dtype=np.float32)
-        experience.add(**found, place=np.arange(len(experience.episode)))
-        # next_v is stored now, so updates need no rows for next states.
-        experience.windows = replace(experience.windows, next_rows=False)
-        return experience
-
-    def _reference_logits(self, batch: TokenBatch) -> Tensor:
-        steps, windows = batch["steps"], batch["windows"]
-        inputs = {"input_ids": batch["input_ids"][:windows], "attention_mask": batch["attention_mask"][:windows]}
-        self.tokens_read += int(inputs["attention_mask"].sum())
-        with self.policy.disable_adapter() if self.reference is None else contextlib.nullcontext():
-            model = self.reference or self.policy
-            return packed_logits(model, steps["row"], steps["state"], **inputs)[0]
-
-    def _allowed(self, trajectories: Sequence[Trajectory], experience: Experience) -> list[set[int] | None] | None:
-        """Return, per step, the token ids that the environment's options (the only texts allowed in a turn) left open.
-
-        None for a step = all tokens; None instead of a list = no episode has options.
-        """
-        if not any(t.labels.get("options") for t in trajectories):
-            return None
-        ids_of_option = self.player.sampler.options.ids_of
-        found = []
-        for episode, turn, k in experience.tokens():
-            sampled = trajectories[episode].turns[turn].token_ids
-            options = trajectories[episode].labels.get("options", {}).get(str(turn))
-            ids = options and [ids_of_option[text] for text in options]
-            # Allowed next tokens are those of the options that start with the k tokens sampled so far.
-            found.append(ids and {option[k] for option in ids if option[:k] == sampled[:k] and len(option) > k})
-        return found
-
-    def _mask(self, allowed: Sequence[set[int] | None]) -> Tensor:
-        """Return the allowed tokens of n steps as a bool mask (n, V)."""
-        mask = torch.zeros(len(allowed), self.vocabulary, dtype=torch.bool)
-        for row, tokens in zip(mask, allowed, strict=True):
-            row[slice(None) if tokens is None else sorted(tokens)] = True
-        return mask.to(self.args.device)
-
-    def check_start(self, experience: Experience) -> None:
-        """Check, before the first update, that the policy equals its reference and that sampler and learner agree.
-
-        Args:
-          experience: the result of `observe`.
-        Raises: InputError that names the check that failed.
-        """
-        log_prob = experience.column("behaviour_log_prob")
-        kl = (log_prob - experience.column("ref_log_prob")).abs().max().item()
-        if kl > 1e-6:
-            raise InputError(
-                f"KL at step 0: found policy and reference {kl:.3g} nats apart on a token, expected 0: "
-                "the reference is not the model that the run starts from"
-            )
-        gap = (log_prob - experience.column("sampled_log_prob")).abs().mean().item()
-        if not gap <= SAMPLER_GAP[self.args.bf16]:
-            raise InputError(
-                f"KL at step 0: found sampler and learner {gap:.3g} nats per token apart, expected 0: "
-                "they differ in temperature, filters or dropout, or in the part of an episode that they see "
-                "(max_length must hold whole dialogues, or context must bound them)"
-            )
-
-    # Crediting.
-
-    def credit(self, experience: Experience) -> dict[str, float]:
-        """Add the columns "advantage" and "returns" (N,) to the encoded episodes, in place.
-
-        Args:
-          experience: the result of `observe`.
-        Returns: metrics of the iteration before its update, by name, averaged over the processes.
-        """
-        args = self.args
-        column, known = experience.column, experience.column("has_target").bool()
-        log_prob, ref_log_prob = column("behaviour_log_prob"), column("ref_log_prob")
-        kl = KL_ESTIMATORS[args.kl_estimator](log_prob, ref_log_prob)
-        reward = kl_shaped_reward(column("reward"), kl, self.kl_weight)[known]
-        if args.whiten_rewards:
-            reward = whiten(reward, keep_mean=True)
-        v, discount = column("behaviour_v"), column("discount")
-        target = td_target(reward, column("next_v")[known], column("bootstrap")[known], discount[known])
-        episode = torch.from_numpy(experience.episode)[known]
-        advantage, returns = generalized_advantage(target, v[known], discount[known], episode, args.gae_lambda)
-        explained = value_statistics(v[known], v[known], returns, math.inf)["explained_variance"].item()
-        # Steps without a target have no advantage: they are left out above and get zeros here.
-        full = torch.zeros(2, len(known))
-        full[:, known] = torch.stack([whiten(advantage) if args.whiten_advantages else advantage, returns])
-        experience.add(advantage=full[0].numpy(), returns=full[1].numpy())
-        gap = (log_prob - column("sampled_log_prob")).abs().max().item()
-        return self.mean(
-            {
-                "kl": kl.sum().item() / experience.n,
-                "kl_per_token": kl.mean().item(),
-                "entropy": column("entropy").mean().item(),
-                "explained_variance": explained,
-                "value": v.mean().item(),
-                "sampler_gap": gap,
-            }
-        ) | {"kl_weight": self.kl_weight}
-
-    # Learning.
-
-    def update(self, experience: Experience) -> dict[str, float]:
-        """Run K epochs of minibatches over shuffled windows (rows of tokens); return mean statistics by name.
-
-        Args:
-          experience: the encoded episodes, with advantages and returns.
-        Raises: InputError if there are fewer windows than minibatches.
-        """
-        args, rows = self.args, []
-        dice = np.random.default_rng([args.seed, self.iteration, args.process_index])
-        if len(experience.windows) < args.minibatches:
-            raise InputError(
-                f"minibatches: found {args.minibatches}, expected at most {len(experience.windows)}, the number of "
-                "windows in this iteration"
-            )
-        shuffled = (dice.permutation(len(experience.windows)) for _ in range(args.epochs))
-        for index in (index for order in shuffled for index in np.array_split(order, args.minibatches)):
-            statistics = self.minibatch(experience, index, dice)
-            if statistics is None:
-                break
-            rows.append(statistics)
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
-        if rows:
-            means["ratio_max"] = max(row["ratio_max"] for row in rows)
-        return self.mean(means) | {"minibatches": len(rows), "learning_rate": self.scheduler.get_last_lr()[0]}
-
-    def minibatch(
-        self, experience: Experience, index: np.ndarray, dice: np.random.Generator
-    ) -> dict[str, float] | None:
-        """Take one optimizer step on some windows.
-
-        Args:
-          experience: the encoded episodes.
-          index: indices of the windows in `experience`.
-          dice: the random generator that draws the logged windows for `ptx_weight`.
-        Returns: statistics of the step by name; None, without a step, if `stop_kl` is exceeded.
-        """
-        args, size = self.args, self.args.per_device_train_batch_size
-        warming = self.iteration < args.value_warmup
-        chunks = [(experience, index[start : start + size]) for start in range(0, len(index), size)]
-        known = experience.column("has_target")[experience.places(index)].sum()
-        counts = [known, known.new_zeros(())]
-        if self.ptx is not None and not warming:
-            logged = dice.integers(len(self.ptx), size=max(1, round(args.ptx_examples * len(index))))
-            chunks += [(None, logged[start : start + size]) for start in range(0, len(logged), size)]
-            offsets = self.ptx.flat["state"][1]
-            counts[1] = known.new_tensor((offsets[logged + 1] - offsets[logged]).sum())
-        # The divisors of the two losses over all processes: steps with a target, and logged action tokens.
-        counts = self.accelerator.reduce(torch.stack(counts).to(args.device), "sum").clamp(min=1)
-        read: list[dict[str, Tensor]] = []
-        losses: Counter[str] = Counter()
-        for number, (source, chunk) in enumerate(chunks):
-            last = number == len(chunks) - 1  # gradients are averaged over processes once, with the last chunk
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                if source is None:
-                    terms = self.ptx_terms(chunk)
-                else:
-                    terms, outputs = self.ppo_terms(experience, chunk, warming)
-                    read.append(outputs)
-                terms = {name: term.sum() / counts[int(source is None)] for name, term in terms.items()}
-                losses.update({name: term.detach() for name, term in terms.items()})
-                # DDP averages gradients over ranks, the counts are global: multiply once by the world size.
-                self.accelerator.backward(sum(terms.values()) * args.world_size)
-        outputs = {name: torch.cat([part[name] for part in read]) for name in read[0]}
-        clip = args.value_clip_range or math.inf
-        statistics = policy_statistics(outputs["log_prob"], outputs["behaviour_log_prob"], args.clip_range)
-        statistics |= value_statistics(outputs["v"], outputs["behaviour_v"], outputs["returns"], clip)
-        del statistics["explained_variance"]  # `credit` logs it over the whole iteration
-        if args.stop_kl is not None:
-            approx_kl = self.accelerator.reduce(statistics["approx_kl"], "mean")
-            if approx_kl > OVERSHOOT * args.stop_kl:
-                self.optimizer.zero_grad()
-                return None
-        statistics |= {f"loss/{name}": value for name, value in losses.items()}
-        return {name: float(value) for name, value in statistics.items()} | {"grad_norm": self.step()}
-
-    def ppo_terms(
-        self, experience: Experience, index: np.ndarray, warming: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compute the terms of L, times their weights, on some windows.
-
-        Args:
-          experience: the encoded episodes.
-          index: indices of the windows in `experience`.
-          warming: True while only the value head learns (`value_warmup`).
-        Returns: the terms by name, each (N,) for the N steps of the windows; and the inputs of the statistics by name,
-          without gradient, one number per step with a target.
-        """
-        args, batch = self.args, self._batch(experience.windows, index)
-        steps, known = batch["steps"], batch["steps"]["has_target"]
-        kept = experience.kept_at(steps["place"].cpu().numpy(), self.vocabulary)
-        kept = kept if kept is None else kept.to(args.device)
-        with self.accelerator.autocast():
-            outputs = self.wrapped(batch, value_only=warming)
-        log_probs = log_distribution(outputs["logits"], args.play.temperature, kept)
-        compared = {"log_prob": log_probs.gather(-1, steps["action"].unsqueeze(-1))[:, 0], "v": outputs["v"]}
-        learnt = {"v": compared["v"]} if warming else dict(compared)
-        if args.entropy_weight > 0 and not warming:
-            learnt["entropy"] = entropy(log_probs)
-        compared |= {name: steps[name] for name in ("behaviour_log_prob", "behaviour_v", "returns")}
-        losses = ppo_losses(learnt, steps, args)
-        return losses, {name: value.detach()[known] for name, value in compared.items()}
-
-    def ptx_terms(self, index: np.ndarray) -> dict[str, Tensor]:
-        """Return the loss on logged data, "ptx" -> (N,): ptx_weight · −log π of the N agent tokens in its windows.
-
-        Args:
-          index: indices of logged windows.
-        """
-        batch = self._batch(self.ptx, index)
-        with self.accelerator.autocast():
-            logits = self.wrapped(batch)["logits"].float()
-        return {
-            "ptx": self.args.ptx_weight
-            * nn.functional.cross_entropy(logits, batch["steps"]["action"], reduction="none")
-        }
-
-    def step(self) -> float:
-        """Take an optimizer step on the accumulated gradients, then update the averaged weights.
-
-        Returns: the gradient norm before clipping.
-        Raises: InputError if that norm is not finite.
-        """
-        args = self.args
-        norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), args.max_grad_norm or math.inf)
-        if not math.isfinite(norm := float(norm)):
-            raise InputError(
-                f"loss: found a gradient of norm {norm} in iteration {self.iteration + 1}, expected a "
-                "finite one; lower learning_rate"
-            )
-        self.updates += 1
-        if args.tensorflow_eps:
-            for group in self.optimizer.param_groups:
-                group["eps"] = tensorflow_adam_eps(args.adam_epsilon, args.adam_beta2, self.updates)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            torch._foreach_lerp_(
-                list(self.average.values()), [p.detach() for p in self.trained.values()], 1 - args.ema
-            )
-        return norm
-
-    def _batch(self, windows: WindowDataset, index: np.ndarray) -> TokenBatch:
-        batch = windows.batch(index)
-        self.tokens_read += int(batch["attention_mask"].sum())
-        device = self.args.device
-        moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-        return batch | moved | {"steps": {name: value.to(device) for name, value in batch["steps"].items()}}
-
-    # Accounting.
+    def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Learn from the episodes of an iteration; return metrics by name."""
+        experience, kl_weight = self.observe(trajectories), self.state["kl_weight"]
+        if self.iteration == 0:
+            check_start(experience, self.args.bf16)
+        metrics = mean_over_processes(self.accelerator, credit(experience, self.args, kl_weight))
+        metrics |= {"kl_weight": kl_weight} | self.update.run(experience, self.iteration)
+        self.learner.scheduler.step()
+        return metrics
 
     def episode_metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Return means over the episodes, by name, and add the numbers in SUMS to the run's totals.
+        """Add the costs of an iteration to the run's totals, and return means over its episodes by name.
 
         Args:
           trajectories: the episodes of this process, with the environment's rewards.
         """
-        turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
+        turns, n = agent_turns(trajectories), len(trajectories)
         tokens = sum(len(turn.token_ids) for turn in turns)
-        scored = sum(turn.reward is not None for turn in turns)
-        sums = [len(trajectories), len(turns), scored, tokens, self.tokens_read]
-        self.tokens_read = 0
-        for name, count in zip(SUMS, sums, strict=True):
-            self.totals[name] += int(self.accelerator.reduce(torch.tensor(count, device=self.args.device), "sum"))
-        n = len(trajectories)
-        return self.mean(
+        tokens_read, self.passes.tokens = self.passes.tokens, 0
+        self.spend(
+            {
+                "episodes": n,
+                "environment_steps": len(turns),
+                "reward_queries": sum(turn.reward is not None for turn in turns),
+                "generated_tokens": tokens,
+                "training_tokens": tokens_read,
+            }
+        )
+        return mean_over_processes(
+            self.accelerator,
             {
                 "score": sum(t.total_return for t in trajectories) / n,
                 "tokens": tokens / n,
                 "turns": len(turns) / n,
                 "terminated": sum(t.terminated for t in trajectories) / n,
-                "closed": sum(bool(self.renderer.close_ids & {*turn.token_ids[-1:]}) for turn in turns) / len(turns),
-            }
+                "closed": sum(is_closed(turn, self.renderer.close_ids) for turn in turns) / len(turns),
+            },
         )
 
     def plan(self) -> dict[str, int]:
@@ -843,8 +866,72 @@ class PPOTrainer(LoopTrainer):
             "optimizer steps": args.max_steps * args.epochs * args.minibatches,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"kl_weight": self.kl_weight, "moments": list(self.moments)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kl_weight, self.moments = state["kl_weight"], Moments(*state["moments"])
+def open_value_model(policy: PreTrainedModel, args: PPOConfig, renderer: Renderer) -> PreTrainedModel | None:
+    """Return the model that the setting `value_model` names, to be trained on the device of the policy.
+
+    Args:
+      policy: the policy at the start.
+      args: the settings.
+      renderer: renders dialogues for the policy.
+    Returns: the model; None = V shares the policy's trunk.
+    Raises: InputError if its tokens differ from the policy's, or if it is a reward model whose score cannot be the
+      initial V.
+    """
+    name = args.value_model
+    if name == "shared":
+        return None
+    if name == "copy":
+        return copy.deepcopy(policy).requires_grad_(True)
+    is_reward = is_reward_model(name)
+    model = load_reward_model(name) if is_reward else load_model(name)
+    try:
+        check_model(model, renderer, args.max_length)
+    except InputError as error:
+        raise InputError(f"value_model: {name}: {error}") from error
+    if is_reward:
+        check_score_starts_v(run_metadata(model.config), args)
+        if has_adapter(model):
+            model = model.merge_and_unload()
+    return model.to(policy.device).requires_grad_(True)
+
+
+def check_score_starts_v(block: Mapping[str, Any], args: PPOConfig) -> None:
+    """Check that the score of the reward model in the setting `value_model` can be the initial V.
+
+    Args:
+      block: the run metadata of the reward model.
+      args: the settings.
+    Raises: InputError if it cannot.
+    """
+    name = args.value_model
+    if (head := block["reward"]["head"]) == "token":
+        raise InputError(
+            f"value_model: {name}: found a reward model with head: {head}, whose score is a sum over "
+            "tokens, expected head: terminal or turn, which V can read at one token"
+        )
+    context = block.get("window", {}).get("context")
+    if context not in (None, args.context):
+        raise InputError(
+            f"value_model: {name}: found a reward model with context: {context}, expected this run's "
+            f"context, {args.context}, as V reads what the policy sees"
+        )
+    if args.scale_scores:
+        raise InputError(
+            f"scale_scores: found true with the reward model {name} as value_model, expected only one of "
+            "them: V would start in another unit than the scaled scores"
+        )
+
+
+def _freeze_unreached(module: ActorCritic, encoder: EpisodeEncoder, args: PPOConfig) -> bool:
+    """Freeze the parameters that get no gradient from the policy's logits or from V; return True if there are any.
+
+    They are found by one forward pass on a made-up dialogue. It is long, because some parts of a model are used for
+    long texts only.
+    """
+    long = "a " * (args.max_length // 4)
+    dialogue = Trajectory((Turn("user", long), Turn("assistant", "b", reward=0.0)))
+    columns = encode_trajectories([dialogue], encoder, Counter())
+    windows = WindowDataset(columns, encoder.renderer.close_id, next_rows=False, end_rows=False)
+    outputs = module(send_to_device(windows.batch(np.arange(1)), args.device))
+    return bool(freeze_unreached(module, outputs["logits"].sum() + outputs["v"].sum()))

@@ -32,7 +32,7 @@ value_grad_scale 0 and weight_decay 0: the policy stays as it is, and values are
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -46,11 +46,10 @@ from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import add_return_heads, add_returns
 from offline_lmrl.models.return_heads import fit_heads
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens, check_binning
 from offline_lmrl.tokens.episodes import Step, StepRule
 from offline_lmrl.training.config import GuidedConfig, check_range
-from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, require_targets
+from offline_lmrl.training.trainer import KNOWN_TURN, Encoding, Logs, OfflineTrainer, require_targets
 
 TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the model's: its rows are not pretrained
 
@@ -112,7 +111,7 @@ class ReturnConditionedConfig(GuidedConfig):
         lambda: DecodingConfig(ask="p90"), "How the run chooses tokens when it plays; saved with the run."
     )
 
-    saved_decoding: ClassVar = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
+    always_saved: ClassVar = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
 
     def __post_init__(self) -> None:
         check_binning(self.binning, self.bins, self.per)
@@ -147,55 +146,49 @@ class ReturnConditionedTrainer(OfflineTrainer):
 
     algorithm = "return_conditioned"
 
-    def __init__(
-        self, model, args: ReturnConditionedConfig, train_dataset, eval_dataset=None, *positional, **keywords
-    ):
-        self.shown: Sequence[Trajectory] | None = None  # demonstrations with the value model's labels
-        if args.value_model is not None:
-            # Before super().__init__, which fits the bins to the returns of the data.
-            value_model = load_value_model(args.value_model, device=args.device)
-            train_dataset, eval_dataset, self.shown = (
-                logs and relabel(logs, value_model, args.relabel, args.discount_per_turn)
-                for logs in (train_dataset, eval_dataset, args.few_shot and args.few_shot.demonstrations)
-            )
-        super().__init__(model, args, train_dataset, eval_dataset, *positional, **keywords)
+    def choose(self, logs: Logs) -> Logs:
+        """Return the trajectories with the value model's labels, if there is one; bins are fitted to these."""
+        args = self.args
+        if args.value_model is None:
+            return logs
+        value_model = load_value_model(args.value_model, device=args.device)
+        return Logs(*(rows and relabel(rows, value_model, args.relabel, args.discount_per_turn) for rows in logs))
 
-    def demonstrations(self, source):
-        return super().demonstrations(source) if self.shown is None else self.shown
-
-    def step_rule(self, args: ReturnConditionedConfig) -> StepRule:
-        return StepRule(discount_per_turn=args.discount_per_turn)
-
-    def fit_scale(self, model, train, args: ReturnConditionedConfig) -> RewardScale:
-        """Return the reward scale stored with the model's value or return heads; fit one if it has no such heads.
-
-        The outputs of the heads are in units of the stored scale. The returns on which the model is conditioned do not
-        depend on it: they are in the units of the logged rewards.
-        """
-        stored = run_metadata(model.config).get("reward_scale")
-        heads = (getattr(model, name, None) for name in ("value_heads", "return_heads"))
-        if stored is None or all(part is None for part in heads):
-            return super().fit_scale(model, train, args)
-        return RewardScale(**stored)
-
-    def return_ids(self, model, train: Sequence[Trajectory], args: ReturnConditionedConfig):
-        self.returns = run_metadata(model.config).get("returns")
-        if self.returns is None:
-            scale = ReturnScale.fit(train, args.binning, args.bins, args.per, args.discount_per_turn)
-            self.returns = {
-                "condition": args.condition,
-                "text": args.text,
-                "bins": scale.bins,
-                "opening": list(self.renderer.agent_opening),
-                "past_opening": list(self.renderer.past_opening),
-                "discount_per_turn": args.discount_per_turn,
-                "scale": scale.to_dict(),
-            }
+    def encoding(self, model, train) -> Encoding:
+        args, stored = self.args, run_metadata(model.config)
+        rule = StepRule(discount_per_turn=args.discount_per_turn)
+        scale = RewardScale.fit(train, args.reward_scale, discounted=rule.discounted)
+        if "reward_scale" in stored and (model.value_heads is not None or model.return_heads is not None):
+            # The outputs of heads are in the stored unit. The returns on which the model is conditioned do not depend
+            # on it: they are in the units of the logged rewards.
+            scale = RewardScale(**stored["reward_scale"])
+        self.returns = stored.get("returns") or self._fitted_returns(train)
         rows = model.get_input_embeddings().weight.shape[0]
-        return ReturnTokens.from_block(self.returns, rows, self.renderer).of_log
+        dropout = args.condition_dropout if self.returns["condition"] == "embedding" else 0.0
+        return Encoding(
+            scale,
+            rule,
+            return_ids_for=ReturnTokens.from_block(self.returns, rows, self.renderer).of_log,
+            replies=args.environment_weight > 0,
+            request={"condition_dropout": dropout},
+        )
 
-    def prepare_model(self, model, args: ReturnConditionedConfig, windows: WindowDataset):
-        model = super().prepare_model(model, args, windows)
+    def _fitted_returns(self, train: Sequence[Trajectory]) -> dict[str, Any]:
+        """Return the entry `returns` of the run metadata: bins fitted to the data, and how they are encoded."""
+        args = self.args
+        scale = ReturnScale.fit(train, args.binning, args.bins, args.per, args.discount_per_turn)
+        return {
+            "condition": args.condition,
+            "text": args.text,
+            "bins": scale.bins,
+            "opening": list(self.renderer.agent_opening),
+            "past_opening": list(self.renderer.past_opening),
+            "discount_per_turn": args.discount_per_turn,
+            "scale": scale.to_dict(),
+        }
+
+    def prepare_model(self, model, windows):
+        args = self.args
         replies, ends = len(windows.flat["environment"][0]), int(windows.closing_steps.sum())
         require_targets("environment_weight", args.environment_weight, replies, "a reply of the environment")
         require_targets("return_weight", args.return_weight, ends, KNOWN_TURN)
@@ -223,12 +216,6 @@ class ReturnConditionedTrainer(OfflineTrainer):
             add_return_heads(model, fit_heads(closing, args.bins, args.discount_per_turn))
         return model
 
-    def learns_replies(self, args: ReturnConditionedConfig) -> bool:
-        return args.environment_weight > 0
-
-    def stored_blocks(self, args: ReturnConditionedConfig):
-        return {"decoding": args.to_dict()["decoding"]}
-
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Create Trainer's optimizer with an extra group of parameters for the embedding of returns.
 
@@ -244,16 +231,13 @@ class ReturnConditionedTrainer(OfflineTrainer):
         optimizer.add_param_group({"params": table, "lr": TABLE_RATE * self.args.learning_rate, "weight_decay": 0.0})
         return optimizer
 
-    def forward_options(self):
-        return {"condition_dropout": 0.0 if self.model.return_embedding is None else self.args.condition_dropout}
-
-    def loss_terms(self, outputs, steps):
+    def losses(self, outputs, batch):
         args, loss = self.args, -outputs["log_prob"]
         logged = {"loss/policy": loss}
         if args.return_weight > 0:
             # False for turns without a target, and where the context holds returns, which the heads could copy.
             counts = outputs["outcome_mask"]
-            place = steps["closes_turn"].nonzero()[:, 0][counts]
+            place = batch["steps"]["closes_turn"].nonzero()[:, 0][counts]
             logged["loss/returns"] = -outputs["outcome_log_prob"][counts]
             loss = loss.index_add(0, place, args.return_weight * logged["loss/returns"])
         if args.environment_weight > 0:

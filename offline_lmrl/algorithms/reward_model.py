@@ -32,9 +32,8 @@ test of a model that was trained on another).
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -60,7 +59,6 @@ from offline_lmrl.models.reward_model import (
     option_scores,
     reads_by_turn,
     rescale_head,
-    with_head_beside,
 )
 from offline_lmrl.ops.preferences import (
     all_pairs_loss,
@@ -72,10 +70,11 @@ from offline_lmrl.ops.preferences import (
     regression_loss,
 )
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.checks import TEMPLATE_ROWS
 from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
+from offline_lmrl.tokens.template_check import TEMPLATE_ROWS
 from offline_lmrl.training.config import BaseConfig, check_range
-from offline_lmrl.training.trainer import BaseTrainer, with_adapter
+from offline_lmrl.training.starting_model import check_model
+from offline_lmrl.training.trainer import BaseTrainer
 
 NORMALISED_ON = 1000  # largest number of comparisons on which scores are normalised
 
@@ -164,6 +163,27 @@ class RewardModelConfig(BaseConfig):
     def named_data(self) -> dict[str, str]:
         return super().named_data | ({} if self.reference is None else {"reference": self.reference})
 
+    @property
+    def by_turn(self) -> bool:
+        """True if each agent turn of a reply is a row of its own."""
+        return reads_by_turn(self.head, self.window)
+
+    def read_rows(self, source: str | Path, counts: Counter[str] | None = None, reward: str | None = None) -> Rows:
+        if not holds_comparisons(source):
+            return read_trajectories(source, counts=counts, reward=reward)
+        if reward is not None:
+            raise InputError(
+                f"data.reward: found {shown(reward)} for the comparisons of {source}, expected none: "
+                "a comparison has no score of its own"
+            )
+        return store_comparisons(source, counts=counts, processes=self.processes)
+
+    def new_model(self, spec, tokenizer):
+        return build_reward_model(spec, tokenizer, self.head)
+
+    def open_model(self, path, trust_remote_code=False):
+        return load_reward_model(path, self.head, trust_remote_code=trust_remote_code)
+
 
 def pairs_loss(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelConfig) -> Tensor:
     pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])
@@ -239,78 +259,47 @@ class RewardModelTrainer(BaseTrainer):
 
     algorithm = "reward_model"
 
-    @staticmethod
-    def read_rows(
-        args: RewardModelConfig,
-        source: Rows | str | Path,
-        counts: Counter[str] | None = None,
-        reward: str | None = None,
-    ) -> Rows:
-        if not isinstance(source, str | Path):
-            return source
-        if not holds_comparisons(source):
-            return read_trajectories(source, counts=counts, reward=reward)
-        if reward is not None:
-            raise InputError(
-                f"data.reward: found {shown(reward)} for the comparisons of {source}, expected none: "
-                "a comparison has no score of its own"
-            )
-        return store_comparisons(source, counts=counts, processes=args.processes)
-
-    @staticmethod
-    def new_model(args: RewardModelConfig, spec, tokenizer):
-        return build_reward_model(spec, tokenizer, args.head)
-
-    @staticmethod
-    def open_model(args: RewardModelConfig, path: str, trust_remote_code: bool):
-        return load_reward_model(path, args.head, trust_remote_code=trust_remote_code)
-
-    def check_model(self, model, args: RewardModelConfig) -> None:
-        super().check_model(model, args)
+    def prepare(self, model, train: Rows, held_out: Rows | None):
+        args = self.args
+        check_model(model, self.renderer, args.max_length)
         check_scores(model, self.renderer)
-
-    def prepare(self, model, args: RewardModelConfig, train, held_out, peft_config):
-        self.check_model(model, args)
         model.config.get_text_config().pad_token_id = self._pad_id()
-        rows = self.read_rows(args, train, self.counts)
-        drawn, left_out = rows, None
-        if args.bootstrap is not None:
-            drawn, left_out = (store(rows[i] for i in places) for places in bootstrap_sample(rows, args.bootstrap))
-            if not left_out:
-                self.counts["comparisons, all drawn by bootstrap, so none is left to measure the run on"] = len(rows)
-        encoded = self._encode(drawn, args, self.counts)
-        self.left_out = None
-        if left_out:
-            try:
-                self.left_out = self._encode(left_out, args, Counter())
-            except InputError as error:  # for example, none of them fits max_length: training can go on without them
-                self.counts[f"comparisons that bootstrap left out, useless to measure the run ({error})"] = len(
-                    left_out
-                )
-        self.out_of_bag: dict[str, float] = {}
-        first = islice(rows, TEMPLATE_ROWS)
+        encoded, self.left_out = self._encode_training(train)
+        first = train[:TEMPLATE_ROWS]
         self.compare_with_template(
-            [row.turns if isinstance(row, Trajectory) else (*row.context, *row.options[0]) for row in first]
+            row.turns if isinstance(row, Trajectory) else (*row.context, *row.options[0]) for row in first
         )
         model.config.offline_lmrl = {
             "algorithm": self.algorithm,
             **rendering_block(self.renderer),
             "window": asdict(args.window),
             "reward": {"head": args.head, "bias": 0.0},
-            "data": data_hash(rows),
+            "data": data_hash(train),
         }
-        if peft_config is not None:
-            model = with_adapter(model, with_head_beside(peft_config, model))
         if held_out is not None:
-            held_out = self._encode(self.read_rows(args, held_out), args, Counter())
+            held_out = self._encode(held_out, Counter())
         if args.loss == "regression":
             encoded, held_out, self.left_out = self._standardised(encoded, held_out, self.left_out)
         self.reference = encoded
         if args.reference is not None:
             replies = read_trajectories(args.reference)
-            by_turn = reads_by_turn(args.head, args.window)
-            self.reference = encode_scored(replies, self.renderer, args.window, Counter(), by_turn=by_turn)
+            self.reference = encode_scored(replies, self.renderer, args.window, Counter(), by_turn=args.by_turn)
         return model, encoded, held_out
+
+    def _encode_training(self, rows: Rows) -> tuple[ComparisonDataset, ComparisonDataset | None]:
+        """Return the data to train on, and those that `bootstrap` left out, if any of them can be encoded."""
+        seed = self.args.bootstrap
+        if seed is None:
+            return self._encode(rows, self.counts), None
+        drawn, left_out = (store(rows[i] for i in places) for places in bootstrap_sample(rows, seed))
+        if not left_out:
+            self.counts["comparisons, all drawn by bootstrap, so none is left to measure the run on"] = len(rows)
+        encoded = self._encode(drawn, self.counts)
+        try:
+            return encoded, self._encode(left_out, Counter()) if left_out else None
+        except InputError as error:  # for example, none of them fits max_length: training can go on without them
+            self.counts[f"comparisons that bootstrap left out, useless to measure the run ({error})"] = len(left_out)
+            return encoded, None
 
     def _pad_id(self) -> int:
         """Return an id for padding that closes no turn.
@@ -321,7 +310,8 @@ class RewardModelTrainer(BaseTrainer):
         candidates = (tokenizer.pad_token_id, *tokenizer.all_special_ids, 0, 1)
         return next(token for token in candidates if token not in (None, self.renderer.close_id))
 
-    def _encode(self, rows: Rows, args: RewardModelConfig, counts: Counter[str]) -> ComparisonDataset:
+    def _encode(self, rows: Rows, counts: Counter[str]) -> ComparisonDataset:
+        args = self.args
         scored = isinstance(rows[0], Trajectory)
         if scored != (args.loss == "regression"):
             kinds = ("comparisons", "scored trajectories")
@@ -335,8 +325,7 @@ class RewardModelTrainer(BaseTrainer):
                         "options without a ranking; expected rankings, or loss: best_of_k"
                     )
         encode = encode_scored if scored else encode_comparisons
-        by_turn = reads_by_turn(args.head, args.window)
-        encoded = encode(rows, self.renderer, args.window, counts, args.processes, by_turn)
+        encoded = encode(rows, self.renderer, args.window, counts, args.processes, args.by_turn)
         # The scale of weights does not change the loss.
         return replace(encoded, weight=encoded.weight / encoded.weight.mean())
 
@@ -357,20 +346,19 @@ class RewardModelTrainer(BaseTrainer):
             raise InputError(f"loss: found regression on ratings that are all {mean:g}, expected several")
         return [data and replace(data, target=(data.target - mean) / spread) for data in (train, *others)]
 
-    def items_in(self, batch: Mapping[str, Any]) -> int:
-        """Return the number of comparisons in a batch; those of weight 0, which only fill up a rank, are left out."""
-        return int((batch["weight"] > 0).sum())
+    def outputs(self, model, batch):
+        return {"score": option_scores(model, batch, self.args.head)}
 
-    def losses(self, model, batch):
-        score = option_scores(model, batch, self.args.head)
-        loss = LOSSES[self.args.loss](score, batch, self.args)
+    def losses(self, outputs, batch):
+        score, counted = outputs["score"], batch["weight"] > 0
+        loss = LOSSES[self.args.loss](score, batch, self.args) * batch["weight"]
         if self.args.loss == "regression":
             error = self.rating[1] * (score - batch["target"]).abs()
-            return loss * batch["weight"], {"error": error[batch["weight"] > 0]}
+            return loss, {"error": error[counted]}
         logged = {"accuracy": accuracy(score, batch)}
-        if not model.training:
-            logged["cross_entropy"] = cross_entropy(score, batch, self.args)[batch["weight"] > 0]
-        return loss * batch["weight"], logged
+        if not self.model.training:
+            logged["cross_entropy"] = cross_entropy(score, batch, self.args)[counted]
+        return loss, logged
 
     def train(self, *args, **kwargs):
         """Train as `BaseTrainer` does, evaluate on the groups that `bootstrap` left out, then normalise the scores.
@@ -381,14 +369,11 @@ class RewardModelTrainer(BaseTrainer):
         if self.left_out is not None:
             found = self.evaluate(self.left_out, metric_key_prefix="oob")
             measured = ("oob_loss", "oob_accuracy", "oob_cross_entropy", "oob_error")
-            self.out_of_bag = {"oob_comparisons": len(self.left_out)} | {
+            self.outcome = {"oob_comparisons": len(self.left_out)} | {
                 name: found[name] for name in measured if name in found
             }
         self.normalise()
         return result
-
-    def outcome(self):
-        return self.out_of_bag
 
     @torch.no_grad()
     def normalise(self) -> None:

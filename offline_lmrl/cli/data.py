@@ -1,21 +1,20 @@
 """Commands about data and files: prepare, check, config."""
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING
 from functools import partial
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from offline_lmrl.cli.parser import Parser, nearest, split_file
+from offline_lmrl.cli.output import print_report
+from offline_lmrl.cli.parser import ready
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.renamed import CONFIGS
-from offline_lmrl.settings import build, parameters_of
+from offline_lmrl.settings import build, nearest
 
 if TYPE_CHECKING:
     from offline_lmrl.tokens.rendering import Renderer
@@ -67,11 +66,7 @@ def prepare(argv: Sequence[str]) -> None:
         print(PREPARE_HELP)
         return
     source = _source(argv[0])
-    needed = " ".join(f"--{name} {name.upper()}" for name in _required(source))
-    usage = f"prepare {argv[0]} {needed} [--key value ...]"
-    parser = Parser(usage)
-    parser.add_dataclass(source)
-    report = source(**parser.parse(argv[1:], source=usage).as_dict()).prepare()
+    report = ready(f"prepare {argv[0]}", source, argv[1:])().prepare()
     # Facts of the data come first; splits and removed rows come last, so that they do not scroll away.
     names = list(report)
     splits = names.index("splits") if "splits" in names else len(names)
@@ -87,9 +82,6 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
     """
     settings = dict(settings)
     source = _source(settings.pop("command"))
-    missing = [f"prepare.{name}" for name in _required(source) if settings.get(name) is None]
-    if missing:
-        raise InputError(f"{', '.join(missing)}: missing, expected a value")
     build(source, settings, "prepare").prepare()
 
 
@@ -106,85 +98,7 @@ def _source(name: str) -> type:
     return vars(import_module(module))[source]
 
 
-def check_output(output: Path, *read: str | None) -> None:
-    """Check, before any work is done, that the output can be written.
-
-    Args:
-      output: file or folder that will be written.
-      read: paths or hub names of the inputs; None is skipped.
-    Raises: InputError if the path cannot be written, equals an input, or is directly inside an input folder.
-    """
-    folder = output.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not output.name or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"output: found {output}, expected a path that can be written")
-    for source in filter(None, read):
-        inside = output.resolve().parent if Path(source).is_dir() else None
-        if Path(source).resolve() in (output.resolve(), inside):
-            raise InputError(f"output: found {output}, which is or is in the input {source}, expected another path")
-
-
-def check_output_file(output: Path, *read: str | None) -> None:
-    """Run the checks of `check_output` on an output file, and check that the path is not that of a folder.
-
-    Args:
-      output: file that will be written.
-      read: paths or hub names of the inputs; None is skipped.
-    Raises: InputError if the path cannot be written, is that of a folder, equals an input, or is directly inside an
-      input folder.
-    """
-    check_output(output, *read)
-    if output.is_dir():
-        raise InputError(f"output: found the folder {output}, expected a file")
-
-
-def _required(source: type) -> list[str]:
-    return [name for name, parameter in parameters_of(source).items() if parameter.default is MISSING]
-
-
-def print_report(report: Mapping[str, Any], indent: str = "") -> None:
-    """Print a report, one `name: value` per line.
-
-    A report inside the report is printed indented under its name. From the second level down, a report that contains
-    no further report is printed on one line.
-
-    Args:
-      report: name -> value, or name -> another report.
-      indent: spaces before every line.
-    """
-    for name, value in report.items():
-        if isinstance(value, Mapping) and value:
-            print(visible(f"{indent}{name}:"))
-            print_report({inner: _flat(one) for inner, one in value.items()}, indent + "  ")
-        else:
-            print(visible(f"{indent}{name}: {_plain(value)}"))
-
-
-def _flat(value: Any) -> Any:
-    if not isinstance(value, Mapping) or any(isinstance(one, Mapping) for one in value.values()):
-        return value
-    return ", ".join(f"{name}: {_plain(one)}" for name, one in value.items()) or "none"
-
-
-def _plain(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value if value != {} else "none"
-
-
-def check(argv: Sequence[str]) -> None:
-    """Run the command `check DATA [DATA ...]`, which reports on a data set; several DATA are its splits."""
-    parser = Parser("check DATA [DATA ...] [--key value ...]")
-    parser.add_argument(
-        "data",
-        nargs="+",
-        help="files, folders or hub names of scored trajectories or of "
-        "comparisons; several are read as the splits of one data set",
-    )
-    parser.add_function_arguments(_check, skip={"data"})
-    _check(**parser.parse(argv).as_dict())
-
-
-def _check(
+def check(
     data: list[str],
     reward: str | None = None,
     tokenizer: str | None = None,
@@ -195,7 +109,8 @@ def _check(
     """Report the contents of a data set and the faults that will make learning from it fail.
 
     Args:
-      data: files, folders or hub names of scored trajectories or of comparisons.
+      data: files, folders or hub names of scored trajectories or of comparisons; several are read as the splits of one
+        data set.
       reward: column that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
       tokenizer: folder or hub name of a tokenizer. It adds to the report token counts, a comparison with the chat
         template, and one row printed token by token; null = nothing is tokenized.
@@ -210,7 +125,7 @@ def _check(
     from rich.text import Text
 
     from offline_lmrl.logs.io import holds_comparisons, read_splits
-    from offline_lmrl.tokens.checks import check, token_table
+    from offline_lmrl.tokens import checks
 
     if max_length is not None and tokenizer is None:
         raise InputError("max_length: found a length in tokens without a tokenizer, expected --tokenizer too")
@@ -230,11 +145,11 @@ def _check(
         raise InputError(f"row: found {row}, expected 1 to {len(rows)}")
     renderer = None if tokenizer is None else _renderer(tokenizer, template)
     console = Console()
-    check(splits, renderer, max_length, counts).print(console)
+    checks.check(splits, renderer, max_length, counts).print(console)
     if renderer is not None:
         title = Text(visible(f"{name}: row {row}"))
         table = Table("", "token", "role", "agent's", "reward", title=title, title_justify="left")
-        for token in token_table(rows[row - 1], renderer):
+        for token in checks.token_table(rows[row - 1], renderer):
             reward = "" if token.reward is None else f"{token.reward:g}"
             table.add_row(str(token.index), escape(repr(token.text)), token.role, "x" if token.action else "", reward)
         console.print(table)
@@ -293,17 +208,14 @@ def _renderer(tokenizer: str, template: str):
     return Renderer(load_tokenizer(tokenizer), template)
 
 
-def config(argv: Sequence[str]) -> None:
-    """Run the command `config`, which lists the shipped configs, or `config TASK/METHOD`, which prints one."""
-    name, rest = split_file(argv)
-    Parser("config [TASK/METHOD]", "List the shipped configs, or print one.").parse(rest)
-    shipped, name = shipped_configs(), CONFIGS.get(name, name)
-    if name is None:
-        print("\n".join(shipped))
-        return
-    if name not in shipped:
-        raise InputError(f"config: found {shown(name)}, expected one of {', '.join(shipped)}{nearest(name, shipped)}")
-    print(shipped[name].read_text(encoding="utf-8"), end="")
+def config(name: str | None = None) -> None:
+    """List the shipped configs, or print one.
+
+    Args:
+      name: name of a shipped config, to print it; null = list all.
+    """
+    shipped = shipped_configs()
+    print("\n".join(shipped) if name is None else _shipped(name, shipped).read_text(encoding="utf-8").rstrip("\n"))
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -323,9 +235,15 @@ def config_path(name: str) -> str:
       name: a path, or the name "task/method" of a shipped config.
     Raises: InputError if it is neither.
     """
-    shipped, name = shipped_configs(), CONFIGS.get(name, name)
-    if Path(name).exists() or name.endswith((".yaml", ".yml")):
-        return name
+    is_path = Path(name).exists() or name.endswith((".yaml", ".yml"))
+    return name if is_path else str(_shipped(name, shipped_configs()))
+
+
+def _shipped(name: str, shipped: Mapping[str, Path]) -> Path:
+    name = CONFIGS.get(name, name)
     if name not in shipped:
-        raise InputError(f"{name}: found neither a file nor a shipped config of that name{nearest(name, shipped)}")
-    return str(shipped[name])
+        raise InputError(
+            f"{name}: found neither a file nor a shipped config of that name (`offline-lmrl config` lists them)"
+            f"{nearest(name, shipped)}"
+        )
+    return shipped[name]

@@ -12,22 +12,37 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import NamedTuple
 
 from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.errors import Failed, InputError, Stopped, shown
 from offline_lmrl.logs.terminal import visible
 
+
+class Entry(NamedTuple):
+    """A command.
+
+    target: module of this folder and name of its function, which is imported when it is called.
+    summary: a line for the help.
+    positional: the settings that are given without a name, if the function takes settings; None = it takes the words.
+    """
+
+    target: str
+    summary: str
+    positional: tuple[str, ...] | None = None
+
+
 COMMANDS = {
-    "prepare": ("offline_lmrl.cli.data:prepare", "convert logs of a known source to trajectories or comparisons"),
-    "check": ("offline_lmrl.cli.data:check", "report the contents of a data set and faults that make learning fail"),
-    "train": ("offline_lmrl.cli.train:train", f"train one algorithm on logs or by play: {', '.join(ALGORITHMS)}"),
-    "evaluate": ("offline_lmrl.cli.play:evaluate", "measure a trained run in an environment or on held-out data"),
-    "generate": ("offline_lmrl.cli.play:generate", "reply to prompts with a trained run; --chat for a dialogue"),
-    "export": ("offline_lmrl.cli.play:export", "write a run as a plain checkpoint that inference engines can serve"),
-    "compare": ("offline_lmrl.cli.train:compare", "train and evaluate methods over several seeds; write a report"),
-    "relabel": ("offline_lmrl.cli.score:relabel", "score logs with a reward model, rules, or a mix of scorers"),
-    "select": ("offline_lmrl.cli.score:select", "write the pairs on which an ensemble disagrees most, to label next"),
-    "config": ("offline_lmrl.cli.data:config", "list the shipped configs or print one"),
+    "prepare": Entry("data:prepare", "convert logs of a known source to trajectories or comparisons"),
+    "check": Entry("data:check", "report the contents of a data set and faults that make learning fail", ("data",)),
+    "train": Entry("train:train", f"train one algorithm on logs or by play: {', '.join(ALGORITHMS)}"),
+    "evaluate": Entry("evaluate:evaluate", "measure a run or a scorer: play, logs, scorer"),
+    "generate": Entry("play:generate", "reply to prompts with a trained run; --chat for a dialogue", ("run",)),
+    "export": Entry("play:export", "write a run as a plain checkpoint that inference engines can serve", ("run",)),
+    "compare": Entry("train:compare", "train and evaluate methods over several seeds; write a report"),
+    "relabel": Entry("score:relabel", "score logs with a reward model, rules, or a mix of scorers", ("data",)),
+    "select": Entry("score:select", "write the pairs on which an ensemble disagrees most, to label next", ("data",)),
+    "config": Entry("data:config", "list the shipped configs or print one", ("name",)),
 }
 
 HELP = "\n".join(
@@ -36,7 +51,7 @@ HELP = "\n".join(
         "",
         "Offline reinforcement learning for language models: train on logs, then generate text guided by values.",
         "",
-        *(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()),
+        *(f"  {name:<10} {entry.summary}" for name, entry in COMMANDS.items()),
         "",
         "`offline-lmrl COMMAND --help` lists the settings of a command. The command line overrides the file.",
         "A setting of the form package.module:name, also in a YAML file, imports that module, so its code runs.",
@@ -67,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_by_sigterm():
             from offline_lmrl.renamed import current_flags
 
-            rest = arguments[1:]
-            _command(arguments[0])(rest if arguments[0] == "prepare" else current_flags(rest))
+            name, *rest = arguments
+            _run(name, rest if name == "prepare" else current_flags(rest))
     except InputError as error:
         return _refuse(str(error))
     except Failed as error:
@@ -113,23 +128,25 @@ def _require_text(arguments: Sequence[str]) -> None:
     Raises: InputError for an argument with a NUL character or text that is not UTF-8.
     """
     for argument in arguments:
-        try:
-            usable = b"\0" not in argument.encode()
-        except UnicodeEncodeError:
-            usable = False
-        if not usable:
+        if "\0" in argument or argument.encode(errors="replace").decode() != argument:
             raise InputError(f"found {shown(argument)}, expected text in UTF-8 without NUL characters")
 
 
-def _command(name: str):
+def _run(name: str, argv: Sequence[str]) -> None:
     if name not in COMMANDS:
-        from offline_lmrl.cli.parser import nearest
+        from offline_lmrl.settings import nearest
 
         raise InputError(
             f"found command {shown(name)}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}"
         )
-    module, _, function = COMMANDS[name][0].partition(":")
-    return getattr(import_module(module), function)
+    module, _, function = COMMANDS[name].target.partition(":")
+    command = vars(import_module(f"offline_lmrl.cli.{module}"))[function]
+    if COMMANDS[name].positional is not None:
+        from offline_lmrl.cli.parser import ready
+
+        ready(name, command, argv, COMMANDS[name].positional)()
+    else:
+        command(argv)
 
 
 def _refuse(message: str) -> int:

@@ -1,206 +1,264 @@
-"""Parsing of a command's settings, typed by the functions and dataclasses that receive them, with one-line errors.
+"""The command line of a command: its words become settings (offline_lmrl/settings.py), which its help lists.
 
-jsonargparse does the parsing. This module adds a settings file, whose values the command line overrides; a suggestion
-for a misspelt key; and the help texts that are stored in dataclass fields (offline_lmrl/settings.py).
+The settings of a command are the fields of its config dataclass or the parameters of its function. A settings file
+gives values, and the command line overrides them.
 """
 
-import difflib
+import argparse
+import inspect
 import json
 import re
-from argparse import SUPPRESS
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
-from offline_lmrl.errors import InputError, in_our_words, shown
-from offline_lmrl.logs.yaml_text import load_yaml, read_yaml, require_an_end, too_large
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.yaml_text import NoEnd, load_yaml, read_yaml
+from offline_lmrl.settings import (
+    LISTS,
+    Parameter,
+    Parameters,
+    Word,
+    all_settings,
+    arguments,
+    dataclass_in,
+    expected,
+    parameters_of,
+    plain,
+)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message about an unknown name: "; did you mean 'x'?", or "" if no name is near.
+@dataclass(frozen=True)
+class Command:
+    """The command line of one command.
 
-    Args:
-      name: the unknown name, perhaps with dots.
-      known: the names that exist.
+    name: its words after the program's name, such as "evaluate play".
+    parameters: its settings.
+    about: the text at the top of the help.
+    positional: names of the settings that are given without a name, in order; one that takes a list takes all words.
+    decoding: fields of DecodingConfig that are settings too. Those that are given are one entry, `decoding`.
+    inherited: dotted names of settings that the help lists only with --help_all.
+    takes_file: a settings file, which the caller reads, comes first.
     """
-    known, name = list(known), name[:200]  # a longer name is no misspelling and is slow to compare
-    leaf = name.rpartition(".")[2]
-    # The right name under the wrong group (`learning_rate` for `args.learning_rate`) is nearer than any spelling.
-    near = [other for other in known if other.rpartition(".")[2] == leaf]
-    near = near or difflib.get_close_matches(name, known, n=1)
-    near = near or difflib.get_close_matches(name.partition(".")[0], known, n=1)  # a key inside a free mapping
-    return f"; did you mean {near[0]!r}?" if near else ""
 
+    name: str
+    parameters: Parameters
+    about: str = ""
+    positional: Sequence[str] = ()
+    decoding: Parameters = field(default_factory=dict)
+    inherited: Collection[str] = ()
+    takes_file: bool = False
 
-class Parser(ArgumentParser):
-    """A command's parser, which raises InputError instead of printing its usage, and refuses abbreviated names."""
+    @property
+    def usage(self) -> str:
+        """The command line with what has to be given."""
+        if self.takes_file:
+            return f"offline-lmrl {self.name} FILE.yaml [--key value ...]"
+        needed = {name for name, one in self.parameters.items() if _is_required(one)}
+        words = [f"{name.upper()} ..." if self._takes_all(name) else name.upper() for name in self.positional]
+        words += [f"--{name} {name.upper()}" for name in self.parameters if name in needed - set(self.positional)]
+        return " ".join(["offline-lmrl", self.name, *words, "[--key value ...]"])
 
-    def __init__(self, usage: str = "", description: str | None = None, **more: Any):
-        """Create the parser of one command.
-
-        Args:
-          usage: the command line without the program's name, for help and errors.
-          description: text at the top of the help; None = none.
-          more: extra arguments that jsonargparse passes when it creates sub-parsers for optional dataclasses.
-        """
-        usage = f"offline-lmrl {usage}"
-        super().__init__(prog="offline-lmrl", usage=usage, description=description, allow_abbrev=False, **more)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(self._in_our_words(" ".join(message.split()))) from ex
-
-    def add_dataclass(
-        self, cls: type, key: str | None = None, base: type | None = None, show_base: bool = True
-    ) -> None:
-        """Add the fields of a dataclass as options `--key.field`.
-
-        Args:
-          cls: the dataclass.
-          key: prefix of the options; None = no prefix.
-          base: base class of `cls`. Its fields come last in the help, except those that a subclass declares again.
-            None = all fields keep their order.
-          show_base: False: leave these last fields out of the help.
-        """
-        self.add_class_arguments(cls, key)
-        prefix = f"{key}." if key else ""
-        texts = field_help(cls, prefix)
-        inherited = set() if base is None else {f"{prefix}{name}" for name in _only_in(base, cls)}
-        for group in self._action_groups:
-            for action in group._group_actions:
-                if action.dest in (self.groups or {}) or action.dest.endswith(".help"):
-                    action.help = SUPPRESS  # jsonargparse's own: a file for a group, help of a nested class
-                elif action.dest in inherited and not show_base:
-                    action.help = SUPPRESS
-                else:
-                    action.help = texts.get(action.dest, action.help)
-            # The sort is stable: inherited fields move to the end, all else keeps its order.
-            group._group_actions.sort(key=lambda action: action.dest in inherited)
-
-    def add_overrides(self, cls: type, title: str, skip: Collection[str] = ()) -> None:
-        """Add the fields of a dataclass as options `--field`; the parsed result has only the fields that were given.
-
-        Args:
-          cls: the dataclass.
-          title: heading of these options in the help.
-          skip: names of fields to leave out.
-        """
-        hints, texts, group = get_type_hints(cls), field_help(cls), self.add_argument_group(title)
-        for field in (field for field in fields(cls) if field.name not in skip):
-            group.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
-
-    def parse(self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str = "") -> Namespace:
-        """Parse the settings of a file and of the command line, which overrides the file.
+    def read(
+        self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str | None = None
+    ) -> dict[str, Any]:
+        """Read the settings of a file and of the command line, which overrides the file.
 
         Args:
           argv: the command line after the command and its file.
           settings: the settings of the file; None = no file.
-          source: name of the file, for error messages.
-        Returns: the settings by name. The fields that `add_dataclass` added under a key are one entry: an instance of
-          the dataclass, under that key.
-        Raises: InputError that names the setting, and the file if the value is from the file.
+          source: name of the file, for error messages; None = no file.
+        Returns: name -> value of the settings that are given.
+        Raises: InputError that names the setting, and the file if the value is from the file; SystemExit after --help.
         """
-        start = None
-        if settings:
-            try:
-                start = self._parse_file(settings)
-            except InputError as error:
-                raise InputError(f"{source}: {error}") from error
-        for word in argv:
-            try:
-                require_an_end(word.partition("=")[2] if word.startswith("--") else word)
-            except yaml.YAMLError as error:
-                raise InputError(f"found {shown(word)}, with {error}, expected the value of a setting") from error
-        values = self.parse_args([*self._restated(argv, start), *argv], namespace=start)
-        self._refuse_nulls(values)
-        for key, value in values.items():
-            if too_large(value):
-                self.error(f"{key}: found {shown(value)}, expected a number of at most 64 bits")
+        self.show_help(argv)
+        known = {**self.parameters, **self.decoding}
+        hints = {name: one.hint for name, one in all_settings(known)}
+        flags = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
+        loose, named = split_words(argv, flags)
+        given = {**(settings or {}), **self._placed(loose)}
+        for key, word in named.items():
+            if isinstance(word.value, Mapping) and dataclass_in(hints.get(key)):
+                for name, value in word.value.items():  # over the settings that the file has there
+                    set_dotted(given, f"{key}.{name}", value)
+            else:
+                set_dotted(given, key, word)
+        for name, parameter in known.items():
+            if _is_required(parameter) and name not in given:
+                raise InputError(f"{name}: missing, expected `{self.usage}`")
         try:
-            return self.instantiate(values)
-        except InputError:
-            raise
-        except ValueError as error:  # raised by a dataclass about its own fields
-            self.error(str(error), error)
+            values = arguments(known, given)
+        except InputError as error:
+            where = str(error).partition(":")[0]  # the key, which lacks its mapping if a dataclass has found the error
+            if source is None or any(f".{where}." in f".{key}." or where.startswith(f"{key}.") for key in named):
+                raise
+            raise InputError(f"{source}: {error}") from error
+        if self.decoding:
+            values["decoding"] = {name: values.pop(name) for name in self.decoding if name in values}
+        return values
 
-    def _restated(self, argv: Sequence[str], start: Namespace | None) -> list[str]:
-        """Return groups of settings from the file as arguments, if the command line also sets fields in them.
+    def show_help(self, argv: Sequence[str]) -> None:
+        """Print the help and exit, if the command line asks for it."""
+        if asks_help(argv):
+            print(self.help("--help_all" in argv))
+            sys.exit(0)
 
-        This is needed for groups that may be null (optional dataclasses), because jsonargparse does not merge the
-        fields of such a group from file and command line.
+    def _placed(self, loose: Sequence[Word]) -> dict[str, Any]:
+        """Return name -> words of the settings that are given without a name."""
+        placed, rest = {}, list(loose)
+        for name in self.positional[: len(rest)]:
+            placed[name], rest = (rest, []) if self._takes_all(name) else (rest[0], rest[1:])
+        _require_none(rest)
+        return placed
 
-        Args:
-          argv: the command line.
-          start: parsed settings of the file, in which the groups found are set to None; None = no file.
-        Returns: arguments that set these groups as in the file, to be put before those of the command line.
-        """
-        arguments = []
-        for action in self._actions if start is not None else ():
-            optional = type(None) in get_args(getattr(action, "_typehint", None))
-            stated = start.get(action.dest) if optional else None
-            if isinstance(stated, Namespace) and any(re.match(rf"--{action.dest}([.=]|$)", word) for word in argv):
-                start[action.dest] = None
-                arguments += [f"--{action.dest}", json.dumps(stated.as_dict())]
-        return arguments
+    def _takes_all(self, name: str) -> bool:
+        return get_origin(self.parameters[name].hint) in LISTS
 
-    def _parse_file(self, settings: Mapping[str, Any]) -> Namespace:
-        # A group in which every line is a comment is null.
-        stated = {key: value for key, value in settings.items() if value is not None}
-        for key in self.groups or {}:
-            if not isinstance(stated.get(key, {}), Mapping):
-                raise InputError(f"{key}: found {shown(stated[key])}, expected a mapping of settings")
-        return self.parse_object(stated, _skip_required=True)
+    def _is_inherited(self, name: str) -> bool:
+        return any(f"{name}.".startswith(f"{other}.") for other in self.inherited)
 
-    def _refuse_nulls(self, values: Namespace) -> None:
-        """Refuse null for settings whose type does not allow it, because jsonargparse accepts null for every type.
-
-        Raises: InputError that names the setting.
-        """
-        for action in self._actions:
-            typed = getattr(action, "_typehint", None)
-            if typed is None or action.default is None or action.dest not in values or values[action.dest] is not None:
+    def help(self, everything: bool = False) -> str:
+        """Return the help; `everything`: with the inherited settings."""
+        parser = argparse.ArgumentParser(prog="offline-lmrl", usage=self.usage, description=self.about, add_help=False)
+        groups = {"": parser.add_argument_group("settings")}
+        for name, parameter in sorted(all_settings(self.parameters), key=lambda one: self._is_inherited(one[0])):
+            if self._is_inherited(name) and not everything:
                 continue
-            if typed is not Any and type(None) not in get_args(typed):
-                self.error(f"{action.dest}: found null, expected a value such as {action.default!r}")
-
-    def _in_our_words(self, message: str) -> str:
-        known = [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
-        if found := re.search(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'", message):
-            key = ".".join(part for part in found.groups() if part)
-            return f"{key}: found a setting that does not exist{nearest(key, known)}"
-        if found := re.match(r"unrecognized arguments: (\S+)", message):
-            if not found[1].startswith("-"):
-                return f"found {shown(found[1])} among the settings, expected --key value pairs"
-            key = found[1].lstrip("-").partition("=")[0]
-            return f"--{key}: found a setting that does not exist{nearest(key, known)}"
-        if found := re.match(r"the following arguments are required: (.+)", message):
-            return f"{found[1]}: missing, expected `{self.usage}`"
-        return in_our_words(message)
+            if inner := dataclass_in(parameter.hint):
+                text = parameter.help or (inner.__doc__ or "").partition("\n")[0]
+                groups[name] = parser.add_argument_group(f"{name}.*", text)
+            else:
+                _add_option(groups[name.rpartition(".")[0]], name, parameter, name in self.positional)
+        if self.decoding:
+            group = parser.add_argument_group("decoding (default: the value saved with the run)")
+            for name, parameter in self.decoding.items():
+                _add_option(group, name, parameter._replace(default=MISSING), False)
+        return parser.format_help().rstrip()
 
 
-def call(
-    usage: str,
-    function: Callable[..., Any],
-    argv: Sequence[str] = (),
-    settings: Mapping[str, Any] | None = None,
-    positional: bool = True,
-) -> Any:
-    """Call a function with arguments from the command line and return its result.
+def asks_help(argv: Sequence[str]) -> bool:
+    return bool({"-h", "--help", "--help_all"} & set(argv))
+
+
+def _is_required(parameter: Parameter) -> bool:
+    return parameter.default is MISSING and not is_dataclass(parameter.hint)
+
+
+def _add_option(group: Any, name: str, parameter: Parameter, positional: bool) -> None:
+    kind = expected(parameter.hint)
+    default = "" if parameter.default is MISSING else f"; default: {_as_yaml(parameter.default)}"
+    text = f"{parameter.help} ({kind}{default})".strip().replace("%", "%%")  # argparse formats texts with %
+    if positional:
+        group.add_argument(name, help=text)
+        return
+    choices = get_args(parameter.hint) if get_origin(parameter.hint) is Literal else ()
+    is_flag = parameter.hint is bool
+    choices = ("true", "false") if is_flag else choices
+    metavar = f"{{{','.join(map(str, choices))}}}" if choices else name.rpartition(".")[2].upper()
+    group.add_argument(f"--{name}", metavar=metavar, help=text, nargs="?" if is_flag else None)
+
+
+def _as_yaml(value: Any) -> str:
+    value = value.value if isinstance(value, Enum) else value
+    return value if value and isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def ready(name: str, function: Callable[..., Any], argv: Sequence[str], positional: Sequence[str] = ()) -> partial:
+    """Read a command's settings, and return the function with them, to be called without arguments.
 
     Args:
-      usage: the command line without the program's name, for help and errors.
-      function: the function; its parameters become the options, and its docstring their help.
+      name: the words of the command after the program's name.
+      function: its parameters, or the fields of a dataclass that is its only parameter, are the settings. Fields of
+        DecodingConfig are settings too if it has a setting `decoding`, a mapping of those that are given.
       argv: the command line after the command.
-      settings: arguments by name, from a config; the command line overrides them. None = no config.
-      positional: True: required parameters are given without a name, in order; False: as `--name value`.
-    Raises: InputError that names the argument which cannot be used.
+      positional: names of the settings that are given without a name, in order.
+    Raises: InputError that names the setting; SystemExit after --help.
     """
-    parser = Parser(usage)
-    parser.add_function_arguments(function, as_positional=positional)
-    return function(**parser.parse(argv, settings, usage).as_dict())
+    hints = [one.hint for one in parameters_of(function).values()]
+    make = hints[0] if len(hints) == 1 and is_dataclass(hints[0]) else function
+    parameters = parameters_of(make)
+    own = vars(make).get("__annotations__", {})  # listed before those of a base class
+    parameters = dict(sorted(parameters.items(), key=lambda one: one[0] not in own))
+    decoding: Parameters = {}
+    if parameters.pop("decoding", None) is not None:
+        from offline_lmrl.decoding.sampler import DecodingConfig
+
+        decoding = parameters_of(DecodingConfig)
+    about = re.split(r"\n(?:Args|Returns|Raises|Attributes):", inspect.getdoc(make) or "")[0]
+    values = Command(name, parameters, about, positional, decoding).read(argv)
+    return partial(function, **values) if make is function else partial(function, make(**values))
+
+
+def split_words(argv: Sequence[str], flags: Collection[str] = ()) -> tuple[list[Word], dict[str, Word]]:
+    """Split a command line into words without a name, and pairs `--key value` or `--key=value`.
+
+    Args:
+      argv: the command line after the command and its file.
+      flags: keys that need no value, which is then true.
+    Returns: the words without a name, and key -> value.
+    Raises: InputError if a key has no value, or a value is YAML with too many values.
+    """
+    loose, named, rest = [], {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            loose.append(_word(word))
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals and key in flags and (not rest or not isinstance(_word(rest[0]).value, bool)):
+            value = "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"--{key}: found nothing after it, expected a value")
+            value = rest.pop(0)
+        named[key] = _word(value)
+    return loose, named
+
+
+def overrides_of(argv: Sequence[str]) -> dict[str, Word]:
+    """Return dotted key -> value of a command line that has only pairs `--a.b value` and `--a.b=value`.
+
+    Raises: InputError for another word, a key without a value, or a value with too much YAML.
+    """
+    loose, named = split_words(argv)
+    _require_none(loose)
+    return named
+
+
+def _require_none(loose: Sequence[Word]) -> None:
+    if loose:
+        raise InputError(f"found {shown(str(loose[0]))} among the settings, expected --key value pairs")
+
+
+def _word(text: str) -> Word:
+    try:
+        return Word(text, load_yaml(text))
+    except NoEnd as error:
+        raise InputError(f"found {shown(text)}, with {error}, expected the value of a setting") from error
+    except yaml.YAMLError as error:
+        return Word(text, text, " ".join(str(error).split()))
+
+
+def set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set the value of a dotted key in nested mappings, which are copied before they are changed.
+
+    Args:
+      settings: the mapping, which is changed.
+      dotted: the key, such as "evaluation.episodes".
+      value: the value; it replaces a mapping as a whole.
+    """
+    *parents, last = dotted.split(".")
+    for key in parents:
+        inner = plain(settings.get(key)) if isinstance(settings.get(key), Word) else settings.get(key)
+        settings[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        settings = settings[key]
+    settings[last] = value
 
 
 def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -217,50 +275,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return read_yaml(path, "settings")
 
 
-def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
-    """Parse pairs `--a.b value` and `--a.b=value`, with values in YAML, to {"a.b": value}.
-
-    Args:
-      argv: the command line after the command and its file.
-    Raises: InputError if an argument is not part of such a pair, or a value is not YAML.
-    """
-    given, rest = {}, list(argv)
-    while rest:
-        key, equals, value = rest.pop(0).partition("=")
-        if not key.startswith("--"):
-            raise InputError(f"found {shown(key)} among the settings, expected --key value pairs")
-        if not equals:
-            if not rest:
-                raise InputError(f"{key}: found nothing after it, expected a value")
-            value = rest.pop(0)
-        try:
-            given[key.removeprefix("--")] = load_yaml(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"{key}: found text that is not YAML ({' '.join(str(error).split())})") from error
-    return given
-
-
-def field_help(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return dotted name -> help text of a dataclass's fields, and of the fields of dataclasses inside it.
-
-    Args:
-      cls: the dataclass.
-      prefix: start of every dotted name, with a dot at its end; "" = none.
-    """
-    texts = {f"{prefix}{field.name}": field.metadata["help"] for field in fields(cls) if "help" in field.metadata}
-    for name, hint in get_type_hints(cls).items():
-        for part in (hint, *get_args(hint)):  # get_args: a dataclass that may be null
-            if is_dataclass(part):
-                texts |= field_help(part, f"{prefix}{name}.")
-    return texts
-
-
-def _only_in(base: type, cls: type) -> set[str]:
+def only_in(base: type, cls: type) -> set[str]:
     """Return the names of the fields of `base` that neither `cls` nor a class between them declares again.
 
     A subclass declares a field again to change its default, for example.
     """
     between = cls.__mro__[: cls.__mro__.index(base)]
-    return {field.name for field in fields(base)} - {
+    return {one.name for one in fields(base)} - {
         name for parent in between for name in parent.__dict__.get("__annotations__", ())
     }

@@ -1,28 +1,16 @@
 """Commands that score logs: relabel, select."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from offline_lmrl.cli.data import check_output, print_report
-from offline_lmrl.cli.parser import call
+from offline_lmrl.cli.output import check_output, print_report
 from offline_lmrl.errors import InputError, shown
 
 
-def relabel(argv: Sequence[str]) -> None:
-    """Run `relabel DATA --scorer SCORER --output PATH`, which writes the rows of DATA with new scores to PATH."""
-    call("relabel DATA --scorer SCORER --output PATH [--key value ...]", _relabel, argv)
-
-
-def select(argv: Sequence[str]) -> None:
-    """Run `select DATA --scorer ENSEMBLE --output PATH`, which writes the pairs with the largest disagreement."""
-    call("select DATA --scorer ENSEMBLE --output PATH [--key value ...]", _select, argv)
-
-
-def _relabel(
+def relabel(
     data: str,
-    *,
     scorer: str,
     output: Path,
     reward_at: Literal["end", "turn"] | None = None,
@@ -82,7 +70,7 @@ def _relabel(
     print_report({f"{name}: {done}": len(part[name]) for name in made for done, part in parts} | +counts)
 
 
-def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | None = None) -> None:
+def select(data: str, scorer: str, output: Path, n: int = 100, split: str | None = None) -> None:
     """Write the pairs of replies on which an ensemble of scorers disagrees most, to label them next.
 
     Args:

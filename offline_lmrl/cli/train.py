@@ -4,16 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from offline_lmrl.cli.data import config_path, prepare_from_settings
-from offline_lmrl.cli.parser import Parser, overrides_of, read_settings, split_file
+from offline_lmrl.cli.parser import Command, asks_help, only_in, overrides_of, read_settings, split_file
 from offline_lmrl.errors import InputError, Stopped, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.renamed import current
-
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
+from offline_lmrl.settings import Parameter, parameters_of
 
 TRAIN_HELP = """Train one algorithm on scored trajectories or comparisons, or by play. FILE.yaml, or the name of a
 shipped config, sets `algorithm`, `model`, `data` and `args`; for ppo also `environment`; and `prepare` if the data
@@ -73,7 +72,7 @@ def _leave_together() -> None:
     ranks.destroy_process_group()
 
 
-def train_settings(argv: Sequence[str]) -> "Namespace":
+def train_settings(argv: Sequence[str]) -> SimpleNamespace:
     """Read and check the settings of the command `train`, from its file and from the command line.
 
     Args:
@@ -84,8 +83,7 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
     """
     file, rest = split_file(argv)
     settings = {} if file is None else current(read_settings(config_path(file)), file)
-    asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
-    algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help else None)
+    algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help(rest) else None)
     if algorithm is None:
         raise InputError("algorithm: missing, expected it in FILE.yaml or as --algorithm NAME")
 
@@ -95,28 +93,29 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
     from offline_lmrl.run import DataConfig, ModelConfig
 
     config_class, _ = load_algorithm(algorithm)
-    parser = Parser("train FILE.yaml [--key value ...]", TRAIN_HELP)
-    parser.add_argument("--help_all", action="help", help="show this help with all inherited settings, and exit")
-    parser.add_argument("--dry_run", action="store_true", help="print counts of data, steps and parameters, and stop")
-    parser.add_argument("--algorithm", type=Literal[tuple(ALGORITHMS)], default=algorithm)
-    parser.add_dataclass(ModelConfig, "model")
-    parser.add_dataclass(DataConfig, "data")
-    parser.add_argument(
-        "--prepare",
-        type=dict[str, Any] | None,
-        default=None,
-        help="how to make the data if data.train does not exist: `command`, the SOURCE of `offline-lmrl prepare`, and "
-        "its settings; null = the data must exist",
-    )
-    parser.add_argument(
-        "--environment",
-        type=dict[str, Any] | None,
-        default=None,
-        help="for ppo: `name`, a known environment or package.module:Class (its code runs), and its settings; "
-        "null = none",
-    )
-    parser.add_dataclass(config_class, "args", TrainingArguments, show_base="--help_all" in rest)
-    return parser.parse(rest, settings, str(file))
+    parameters = {
+        "dry_run": Parameter(bool, False, "Print counts of data, steps and parameters, and stop."),
+        "algorithm": Parameter(Literal[tuple(ALGORITHMS)], algorithm, "The algorithm; it decides what args has."),
+        "prepare": Parameter(
+            dict[str, Any] | None,
+            None,
+            "How to make the data if data.train does not exist: `command`, the SOURCE of `offline-lmrl prepare`, and "
+            "its settings; null = the data must exist.",
+        ),
+        "environment": Parameter(
+            dict[str, Any] | None,
+            None,
+            "For ppo: `name`, a known environment or package.module:Class (its code runs), and its settings; null = "
+            "none.",
+        ),
+        "model": Parameter(ModelConfig),
+        "data": Parameter(DataConfig),
+        "args": Parameter(config_class),
+    }
+    inherited = {f"args.{name}" for name in only_in(TrainingArguments, config_class)}
+    command = Command("train", parameters, TRAIN_HELP, inherited=inherited, takes_file=True)
+    defaults = {name: parameters[name].default for name in ("dry_run", "algorithm", "prepare", "environment")}
+    return SimpleNamespace(**defaults | command.read(rest, settings, file))
 
 
 def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | None:
@@ -159,11 +158,10 @@ def compare(argv: Sequence[str]) -> None:
 
     from offline_lmrl.comparison.config import CompareConfig
 
-    if file is None or {"-h", "--help"} & set(rest):
-        parser = Parser("compare FILE.yaml [--key value ...]", COMPARE_HELP)
-        parser.add_dataclass(CompareConfig)
-        parser.parse(rest)
-        raise InputError(f"FILE.yaml: missing, expected `{parser.usage}`")
+    command = Command("compare", parameters_of(CompareConfig), COMPARE_HELP, takes_file=True)
+    command.show_help(rest)
+    if file is None:
+        raise InputError(f"FILE.yaml: missing, expected `{command.usage}`")
     config = CompareConfig.read(config_path(file), overrides_of(rest))
 
     from offline_lmrl.comparison.compare import run_compare

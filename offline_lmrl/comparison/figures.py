@@ -348,7 +348,7 @@ def _tokens_per_answer(run: Row) -> float:
 def achieved_against_asked(results: Results) -> tuple[Figure, str]:
     keys = [key for key, runs in results.groups.items() if all("ask" in run["labels"] for run in runs)]
     if not keys:
-        raise Missing("no method here has a requested return; `evaluate RUN --asks` draws the curve of a single run")
+        raise Missing("no method here has a requested return; `evaluate play --asks` draws the curve of a single run")
     figure, axes = _axes(xlabel="requested return", ylabel="achieved return")
     asked = [_mean(run["labels"]["ask"] for run in results.groups[key]) for key in keys]
     axes.axline((asked[0], asked[0]), slope=1, color="#8a9199", linestyle=":", linewidth=1.2)

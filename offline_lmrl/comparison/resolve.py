@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
+from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import ELSEWHERE, LEARNT_WITH, CollectConfig, MethodConfig
 from offline_lmrl.comparison.runs import FOREIGN, Entry, Run
@@ -87,7 +87,7 @@ class _Method:
         """True if it learns from its own play in the environment."""
         if self.own.checkpoint is not None:
             return False
-        return self.own.collect is not None or load_algorithm(self.algorithm)[1].plays
+        return self.own.collect is not None or ALGORITHMS[self.algorithm].plays
 
     @property
     def trains_values(self) -> bool:
@@ -103,7 +103,7 @@ class _Method:
     @property
     def regime(self) -> str:
         if self.own.regime or self.algorithm != FOREIGN:
-            return self.own.regime or load_algorithm(self.algorithm)[1].regime
+            return self.own.regime or ALGORITHMS[self.algorithm].regime
         raise InputError(
             f"{self.where}.regime: missing, expected a text for the data that the checkpoint learnt from, such as "
             "'labels only'"
@@ -119,7 +119,7 @@ class _Method:
         below, above = (block.get("decoding") for block in blocks)
         if isinstance(below, Mapping) and isinstance(above, Mapping):
             args["decoding"] = {**below, **above}
-        if load_algorithm(self.algorithm)[1].plays and (decoding := self._with_length(args.get("decoding"))):
+        if ALGORITHMS[self.algorithm].plays and (decoding := self._with_length(args.get("decoding"))):
             args["decoding"] = decoding
         return {"model": model | self.own.model, "args": args}
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.comparison.methods import CollectConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
@@ -49,7 +49,7 @@ def train_in_rounds(
       on, each with the logs.jsonl that the next training learnt from. Its complete.json counts the play of all rounds.
     Raises: InputError if the algorithm learns by playing, there are no data, or `data.preference` is given.
     """
-    if load_algorithm(algorithm)[1].plays or data.train is None:
+    if ALGORITHMS[algorithm].plays or data.train is None:
         raise InputError(
             f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm "
             "that learns from data, and a value of data.train"

@@ -38,15 +38,16 @@ from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
+from offline_lmrl.models.step_outputs import TOKEN_BUDGET, StepOutputs, compute_step_outputs
 from offline_lmrl.ops.preferences import rule_adjusted_score
-from offline_lmrl.settings import arguments
+from offline_lmrl.settings import arguments, parameters_of
+from offline_lmrl.tokens.batching import token_batches, token_rows
 from offline_lmrl.tokens.comparison_batching import Row, encode_options, row_tensors
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import load_tokenizer
 from offline_lmrl.tokens.windows import WindowRule
 
 TOO_LONG = "dropped: a reply longer than the scorer's window"
-MOST_TOKENS = 4096  # limit on rows × longest row in one forward pass
 
 
 class ManyScorer:
@@ -60,7 +61,7 @@ class ManyScorer:
 
 
 class RowScorer(ManyScorer):
-    """The base class of scorers that run a model over rows of tokens; a subclass defines `score_batch`.
+    """The base class of scorers that run a model over rows of tokens; a subclass defines `score_rows`.
 
     The score of an option is the sum over its rows, plus `bias`. An option has one row, context + option; with
     `by_turn` it has one row per agent turn, each with the turns that the window rule shows before that turn. Turns of
@@ -88,27 +89,16 @@ class RowScorer(ManyScorer):
         distinct = {_key(row): row for options in encoded for option in options for row in option}
         places, flat = {key: place for place, key in enumerate(distinct)}, list(distinct.values())
         index = [[places[_key(row)] for row in option] for options in encoded for option in options]
-        order = sorted(range(len(flat)), key=lambda i: -len(flat[i][0]))  # similar lengths together: little padding
-        found, start = np.zeros(len(flat)), 0
-        while start < len(order):
-            size = max(1, MOST_TOKENS // len(flat[order[start]][0]))
-            chunk = order[start : start + size]
-            found[chunk] = self.score_batch(_batch([flat[i] for i in chunk], self.model.device)).float().cpu().numpy()
-            start += size
+        found = self.score_rows(flat)
         scores = np.array([found[option].sum() + self.bias for option in index])
         return np.split(scores, np.cumsum([len(options) for options in encoded])[:-1])
 
     def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
         return self._rows(context, options) is not None
 
-    def score_batch(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return one number per row of tokens, (B,).
-
-        Args:
-          batch: input_ids, attention_mask, action_mask, closing_mask and last, as in `ComparisonBatch`
-            (tokens/comparison_batching.py).
-        """
-        raise TypeError(f"{type(self).__name__}: found no method `score_batch`, expected the subclass to define it")
+    def score_rows(self, rows: Sequence[Row]) -> np.ndarray:
+        """Return one number per row of tokens, (R,)."""
+        raise TypeError(f"{type(self).__name__}: found no method `score_rows`, expected the subclass to define it")
 
     def _rows(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
         bare = [
@@ -126,10 +116,6 @@ class RowScorer(ManyScorer):
 def _key(row: Row) -> bytes:
     ids, kinds = row
     return np.array([ids, kinds], dtype=np.int32).tobytes()
-
-
-def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
@@ -177,9 +163,13 @@ class RewardModel(RowScorer):
         window = saved.get("window", {"max_length": most_positions(model.config) or 1024})
         return cls(model, renderer, WindowRule(**window))
 
-    def score_batch(self, batch):
-        head = run_metadata(self.model.config)["reward"]["head"]
-        return self.model(**_inputs(batch), read=read_mask(batch, head))
+    def score_rows(self, rows):
+        head, found = run_metadata(self.model.config)["reward"]["head"], np.zeros(len(rows))
+        for index in token_batches(np.array([len(ids) for ids, _ in rows]), TOKEN_BUDGET):
+            batch = _batch([rows[i] for i in index], self.model.device)
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            found[index] = self.model(**inputs, read=read_mask(batch, head)).float().cpu().numpy()
+        return found
 
 
 class PolicyScorer(RowScorer):
@@ -195,13 +185,20 @@ class PolicyScorer(RowScorer):
         if return_tokens_of(policy.model, policy.renderer) is not None:
             raise InputError("scorer: found a model that is conditioned on returns, expected one that is not")
 
-    def _states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return row, state and token id of the N agent tokens of the options, each (N,).
+    def outputs(
+        self, rows: Sequence[Row], want: Sequence[str], only_last: bool = False
+    ) -> tuple[StepOutputs, np.ndarray]:
+        """Return what the model computes at the N agent tokens of some rows, and the row of each token, (N,).
 
-        A token's state is the column before it: the model's output there predicts the token.
+        Args:
+          rows: rows of tokens.
+          want: what to compute (`compute_step_outputs`).
+          only_last: True: at the last agent token of each row only.
         """
-        row, place = batch["action_mask"].nonzero(as_tuple=True)
-        return row, place - 1, batch["input_ids"][row, place]
+        # A token's state is the column before it: the model's output there predicts the token.
+        states = [np.flatnonzero(kinds)[-1 if only_last else 0 :] - 1 for _, kinds in rows]
+        outputs = compute_step_outputs(self.model, token_rows([ids for ids, _ in rows], states), want)
+        return outputs, np.repeat(np.arange(len(rows)), [len(places) for places in states])
 
 
 class LikelihoodScorer(PolicyScorer):
@@ -216,12 +213,10 @@ class LikelihoodScorer(PolicyScorer):
         super().__init__(policy)
         self.mean = mean
 
-    def score_batch(self, batch):
-        row, state, token = self._states(batch)
-        logits = self.model(**_inputs(batch), use_cache=False).logits[row, state].float()
-        log_prob = logits.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
-        total = log_prob.new_zeros(len(batch["last"])).index_add(0, row, log_prob)
-        return total / batch["action_mask"].sum(1) if self.mean else total
+    def score_rows(self, rows):
+        outputs, row = self.outputs(rows, ["log_prob"])
+        total = np.bincount(row, outputs.log_prob, len(rows))
+        return total / np.bincount(row, minlength=len(rows)) if self.mean else total
 
 
 class ValueHeadsScorer(PolicyScorer):
@@ -239,21 +234,16 @@ class ValueHeadsScorer(PolicyScorer):
         super().__init__(policy)
         if of not in ("advantage", "utterance"):
             raise InputError(f"of: found {shown(of)}, expected advantage or utterance")
-        self.of, self.heads = of, policy.model.value_heads
-        if of == "utterance" and not self.heads.utterance:
+        self.of = of
+        if of == "utterance" and not policy.model.value_heads.utterance:
             raise InputError("of: found utterance, but the run has no heads for whole replies (utterance_weight: 0)")
         self.unit = RewardScale(**run_metadata(policy.model.config).get("reward_scale", {})).scale
 
-    def score_batch(self, batch):
-        _, hidden = self.model.forward_with_hidden(**_inputs(batch), use_cache=False)
+    def score_rows(self, rows):
         if self.of == "utterance":
-            closing = hidden[torch.arange(len(hidden), device=hidden.device), batch["last"]]
-            return self.unit * self.heads.utterance_target_q(closing).amin(0)
-        row, state, token = self._states(batch)
-        states = hidden[row, state]
-        q = self.model.q_values(states, token.unsqueeze(-1)).amin(0).squeeze(-1)
-        advantage = q - self.model.v_values(states)
-        return self.unit * advantage.new_zeros(len(hidden)).index_add(0, row, advantage)
+            return self.unit * self.outputs(rows, ["utterance_q"], only_last=True)[0].utterance_q
+        outputs, row = self.outputs(rows, ["target_q", "v"])
+        return self.unit * np.bincount(row, outputs.target_q - outputs.v, len(rows))
 
 
 class FunctionScorer:
@@ -486,7 +476,7 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     if not isinstance(found, str) or found not in KINDS:
         raise InputError(f"scorer.kind: found {shown(found)}, expected one of {', '.join(KINDS)}")
     make, given = KINDS[found], {name: value for name, value in spec.items() if name != "kind"}
-    made = make(**arguments(make, given, "scorer", {Scorer: load_scorer}))
+    made = make(**arguments(parameters_of(make), given, "scorer", {Scorer: load_scorer}))
     made.origin = origin
     return made
 

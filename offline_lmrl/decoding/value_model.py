@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model, require_no_few_shot
@@ -21,13 +19,11 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import return_tokens_of
-from offline_lmrl.models.step_outputs import StepRequest
+from offline_lmrl.models.step_outputs import compute_step_outputs
 from offline_lmrl.ops.returns import qdt_returns_to_go
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import LABEL
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
-
-STEP_VALUES = ("target_q", "v", "next_v")
 
 
 def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
@@ -41,43 +37,11 @@ def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
     return EpisodeEncoder(policy.renderer, policy.window, rule, scale, return_tokens and return_tokens.nulls)
 
 
-@torch.no_grad()
-def compute_step_values(
-    model: nn.Module, windows: WindowDataset, batch_size: int = 32, share: tuple[int, int] = (0, 1)
-) -> dict[str, np.ndarray]:
-    """Compute Q and V at each of N logged steps.
-
-    Args:
-      model: a guided model (`guided_class`) with value heads; it is left in eval mode.
-      windows: the logs as rows of tokens, encoded as in the training of `model` (`log_encoder`). `next_v` is only
-        meaningful with `next_rows`.
-      batch_size: windows per forward pass.
-      share: (i, n): compute only every n-th batch, starting with batch i, and leave zeros elsewhere.
-    Returns: "target_q" (Q of the logged token, the minimum over the target heads), "v" (V of the state) and "next_v"
-      (V of the next state), each (N,) fp32, in the order of the windows' steps, in scaled reward units.
-    """
-    model.eval()
-    offsets = windows.flat["state"][1]
-    values = {name: np.zeros(windows.action_tokens, dtype=np.float32) for name in STEP_VALUES}
-    order = np.argsort(-windows.lengths, kind="stable")  # similar lengths together: little padding
-    for first in range(share[0] * batch_size, len(order), share[1] * batch_size):
-        index = order[first : first + batch_size]
-        batch = windows.batch(index)
-        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        steps = {name: column.to(model.device) for name, column in batch["steps"].items()}
-        outputs = model(**inputs, request=StepRequest(steps, batch["windows"]))
-        places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in index])
-        for name in STEP_VALUES:
-            values[name][places] = outputs[name].float().cpu().numpy()
-    return values
-
-
 def relabel(
     trajectories: Sequence[Trajectory] | str | Path,
     value_model: LanguagePolicy | str | Path,
     label: Literal["max", "q"] = "max",
     discount_per_turn: float = 1.0,
-    batch_size: int = 32,
 ) -> list[Trajectory]:
     """Set `labels["return_to_go"]` of trajectories from the Q or V of a value model.
 
@@ -96,7 +60,6 @@ def relabel(
         of at least .8, since a V that is too low gives labels that are too low.
       label: "max" or "q".
       discount_per_turn: γ of the returns, the same as of the model that is trained on them.
-      batch_size: windows per forward pass.
     Returns: copies of the trajectories with the label; all else is unchanged.
     Raises: InputError if the label is unknown, if the value model has no value heads or was trained with few-shot
       demonstrations, or if agent turns do not fit into its window.
@@ -112,13 +75,13 @@ def relabel(
     counts: Counter[str] = Counter()
     columns = encode_trajectories(trajectories, encoder, counts)
     windows = WindowDataset(columns, policy.renderer.close_id, next_rows=True, end_rows=False)
-    values = compute_step_values(policy.model, windows, batch_size)
+    values = compute_step_outputs(policy.model, windows, ("target_q", "v", "next_v"))
     flat = {name: column for name, (column, _) in columns.items()}
     last = flat["closes_turn"].astype(bool)
     # A turn without a closing token, because it was cut in the middle, is the last of its window.
     last[columns["state"][1][1:] - 1] = True
     known = torch.from_numpy(flat["has_target"][last].astype(bool))
-    target_q, v, next_v = (torch.from_numpy(values[name][last]) for name in STEP_VALUES)
+    target_q, v, next_v = (torch.from_numpy(column[last]) for column in (values.target_q, values.v, values.next_v))
     # If a log is cut after a finished agent turn, V before its last token is used for the whole remaining return.
     reward = torch.where(known, torch.from_numpy(flat["reward"][last]), v)
     next_v = torch.where(known, next_v * torch.from_numpy(flat["bootstrap"][last]), 0.0)

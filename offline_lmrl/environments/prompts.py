@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import parsed, raw_splits
+from offline_lmrl.logs.messages import read_request
 from offline_lmrl.logs.preferences import score_rows
 from offline_lmrl.logs.protocols import Scorer, StepResult, import_object
-from offline_lmrl.logs.trajectory import Turn, finite, shown, turn_from_record
+from offline_lmrl.logs.record import Record
+from offline_lmrl.logs.trajectory import Turn, finite, messages_of, shown
 
 SLOW = 2.0  # seconds of scoring after which a progress bar appears
 
@@ -129,22 +131,16 @@ def _number(value: Any, text: str) -> float:
         raise InputError(f"{error}, for the reply {shown(text)}") from error
 
 
-def _turns(prompt: Any, where: str = "prompts") -> tuple[Turn, ...]:
+def _turns(prompt: Any, where: str = "prompts", field: str = "prompt") -> tuple[Turn, ...]:
     """Return the turns of a prompt, which is a text (one user turn) or a list of turns or messages.
 
     Args:
-      where: the start of error messages, such as "file:row: prompt".
+      where: the start of error messages, such as "file:row".
+      field: the field that holds the prompt.
     """
-    if isinstance(prompt, str):
-        return (Turn("user", prompt),)
-    if not isinstance(prompt, Sequence):
-        raise InputError(f"{where}: found {shown(prompt)}, expected a text or a list of turns")
-    turns = tuple(
-        turn if isinstance(turn, Turn) else turn_from_record(turn, f"{where}: [{i}]") for i, turn in enumerate(prompt)
-    )
-    if not turns:
-        raise InputError(f"{where}: found no turns, expected at least one")
-    return turns
+    if isinstance(prompt, list | tuple):
+        prompt = [messages_of([turn])[0] if isinstance(turn, Turn) else turn for turn in prompt]
+    return tuple(read_request(Record({field: prompt}, where, Counter()), field))
 
 
 def _read(source: str | Path) -> list[Prompt]:
@@ -159,7 +155,7 @@ def _read(source: str | Path) -> list[Prompt]:
         key = next((name for name in ("prompt", "messages") if isinstance(row, Mapping) and name in row), None)
         if key is None:
             raise InputError(f"{where}: found {shown(row)}, expected a row with `prompt` or `messages`")
-        turns = _turns(row[key], f"{where}: {key}")
+        turns = _turns(row[key], where, key)
         agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
         if key == "messages" and agent:
             turns = turns[: agent[-1]]

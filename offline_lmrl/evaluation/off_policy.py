@@ -16,6 +16,7 @@ do, nothing shows the error.
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,18 +26,17 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
-from offline_lmrl.evaluation.offline import acting_log_prob, compute_step_outputs, values_at
+from offline_lmrl.evaluation.offline import acting_log_prob, measure_logs
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.models.step_outputs import packed_logits
+from offline_lmrl.models.step_outputs import States, compute_step_outputs
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.value_learning import q_loss, td_target
-from offline_lmrl.tokens.batching import TokenBatch
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.tokens.experience import Experience
 
-WINDOWS = 32  # windows per forward pass
+STEP_COLUMNS = ("action", "reward", "discount", "bootstrap", "has_target")
 ACTIONS = 64  # the expectation over π uses this many of the most probable tokens of a state, renormalised
 
 
@@ -106,7 +106,7 @@ def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajector
     # If the environment restricted the agent to a choice of texts, it did not play from π over all tokens.
     whole = [bool(of) and not t.labels.get("options") for of, t in zip(log_probs, trajectories, strict=True)]
     _require_all(ok and all(of.values()) for ok, of in zip(whole, log_probs, strict=True))  # before the model runs
-    steps = compute_step_outputs(policy, trajectories)
+    steps = measure_logs(policy, trajectories)
     tokens = Counter(zip(steps.trajectory.tolist(), steps.turn.tolist(), strict=True))
     _require_all(all(len(known) == tokens[i, turn] for turn, known in of.items()) for i, of in enumerate(log_probs))
     behaviour = [sum(map(sum, of.values())) for of in log_probs]
@@ -219,15 +219,11 @@ class _Logs:
         scale = RewardScale.fit(trajectories, discounted=True)  # without a shift, whatever the run had
         self.encoder = replace(log_encoder(policy), scale=scale)
         experience = Experience.of(trajectories, self.encoder, Counter(), policy.renderer.close_id)
-        if not len(experience.windows):
-            raise InputError("data: found no agent turn that fits, expected at least one")
         self.episode, self.mean_return = experience.episode, experience.windows.mean_return
-        parts: dict[str, list[Tensor]] = {}
-        for start in range(0, len(experience.windows), WINDOWS):
-            index = np.arange(start, min(start + WINDOWS, len(experience.windows)))
-            for name, values in _step_columns(policy, experience.windows.batch(index)).items():
-                parts.setdefault(name, []).append(values)
-        self.columns = {name: torch.cat(values) for name, values in parts.items()}
+        found = compute_step_outputs(policy.model, experience.windows, measure=partial(_step_columns, policy)).measured
+        self.columns = {name: experience.column(name) for name in STEP_COLUMNS}
+        self.columns |= {name: torch.from_numpy(values) for name, values in found.items()}
+        self.columns = {name: values.to(policy.model.device) for name, values in self.columns.items()}
         spread, mean = torch.std_mean(self.columns["features"], dim=0, correction=0)
         for name in ("features", "next_features"):
             self.columns[name] = (self.columns[name] - mean) / spread.clamp(min=1e-6)
@@ -287,26 +283,14 @@ class _Logs:
         return value, unit * float(np.sqrt(np.square(error).mean()))
 
 
-@torch.no_grad()
-def _step_columns(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor]:
-    """Return `_Logs.columns` for the n steps of a batch, not yet standardised."""
-    model, windows = policy.model.eval(), batch["windows"]
-    ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-    steps = {name: value.to(model.device) for name, value in batch["steps"].items()}
-    place = steps["row"], steps["state"]
-    logits, hidden = packed_logits(model, *place, input_ids=ids[:windows], attention_mask=mask[:windows])
-    read, embedded = hidden, model.get_input_embeddings()(ids).float()
-    if windows < len(ids):  # rows after the windows hold next states only, so they need no logits
-        following = model.get_decoder()(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
-        read = torch.cat([hidden, following])
-    log_prob = acting_log_prob(policy, logits.float(), *values_at(policy, hidden[place]))
-    best, actions = log_prob.topk(min(ACTIONS, log_prob.shape[-1]))
-    so_far = embedded.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device).unsqueeze(-1)
-    features = torch.cat([read.float(), so_far], dim=-1)  # (B,T,2d)
-    columns = {
-        "features": features[place],
-        "next_features": features[steps["next_row"], steps["next_state"]],
-        "actions": actions,
-        "probability": best.softmax(-1),
-    }
-    return columns | {name: steps[name] for name in ("action", "reward", "discount", "bootstrap", "has_target")}
+def _step_columns(policy: LanguagePolicy, states: States) -> dict[str, Tensor]:
+    """Return those of `_Logs.columns` that a model computes, for n steps, not yet standardised."""
+    ids, steps = states.input_ids, states.steps
+    embedded = states.model.get_input_embeddings()(ids).float()
+    so_far = embedded.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device).unsqueeze(-1)  # (B,T,d)
+    best, actions = acting_log_prob(policy, states).topk(min(ACTIONS, states.logits.shape[-1]))
+    columns = {"actions": actions, "probability": best.softmax(-1)}
+    for place in ("", "next_"):
+        seen = so_far[steps[f"{place}row"], steps[f"{place}state"]]
+        columns[f"{place}features"] = torch.cat([states.at(place).float(), seen], dim=-1)
+    return columns

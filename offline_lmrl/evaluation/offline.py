@@ -11,15 +11,15 @@ policy sees before them.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.decoding.distribution import ModelOutputs, lookup_in, next_token, reduce_q
+from offline_lmrl.decoding.distribution import reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
@@ -27,14 +27,14 @@ from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.tokens.episodes import ReturnIdsFor, Step
+from offline_lmrl.models.step_outputs import TOKEN_BUDGET, States, compute_step_outputs
+from offline_lmrl.tokens.episodes import ReturnIdsFor
+from offline_lmrl.tokens.experience import Experience
 from offline_lmrl.tokens.few_shot import Ids, encode_few_shot
-
-CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; limits memory
 
 
 @dataclass(frozen=True)
-class StepOutputs:
+class LoggedTokens:
     """Measurements at each of the N agent tokens in logs, in the order of the logs. Arrays are (N,) unless noted.
 
     q, v and return_to_go are in reward units. If the policy's reward scale has a shift (`RewardScale`), they count the
@@ -67,61 +67,50 @@ class StepOutputs:
     counts: Counter[str]
 
 
-def compute_step_outputs(
+def measure_logs(
     policy: LanguagePolicy,
     trajectories: Sequence[Trajectory],
     betas: Sequence[float] = (),
-    batch_size: int = 32,
     demonstrations: Sequence[Trajectory] | None = None,
-) -> StepOutputs:
+    token_budget: int = TOKEN_BUDGET,
+) -> LoggedTokens:
     """Run the model over the logs once, with the context length, reward scale and discounts of its training.
 
     Args:
       policy: the policy; a return-conditioned one is evaluated with no return requested.
       trajectories: the logs.
       betas: values of β at which guidance is measured; other decoding settings are the policy's. () = none.
-      batch_size: windows per forward pass.
       demonstrations: trajectories from which the few-shot demonstrations before each log are drawn, of the log's
         task. None = the demonstrations with which the policy was loaded. If it was loaded with none, but trained with
         demonstrations, new ones are drawn for every log as in training; other policies get none.
+      token_budget: largest number of tokens of a forward pass, padding included.
     Raises: InputError if betas are given for a policy without value heads, if no agent turn fits into a window, or if
       the task of a log has too few demonstrations.
     """
-    if betas and not _has_heads(policy):
+    if betas and policy.model.value_heads is None:
         raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
     encoder = log_encoder(policy)
-    scale = encoder.scale
     counts: Counter[str] = Counter()
-    few_shot = enumerate(few_shot_of_logs(policy, trajectories, demonstrations, encoder.return_ids_for))
-    windows = [(i, window) for i, ids in few_shot for window in encoder.encode(trajectories[i], counts, ids)]
-    if not windows:
-        raise InputError("data: found no agent turn that fits, expected at least one")
-    windows.sort(key=lambda item: -len(item[1].input_ids))  # batches of similar lengths need little padding
-    parts: list[dict[str, np.ndarray]] = []
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        steps = [(row, index, step) for row, (index, window) in enumerate(batch) for step in window.steps]
-        ended = [trajectories[index].terminated and step.has_target for _, index, step in steps]
-        realised = np.array([step.return_to_go for _, _, step in steps])
-        parts.append(
-            {
-                "trajectory": np.array([index for _, index, _ in steps]),
-                "turn": np.array([step.turn for _, _, step in steps]),
-                "state": np.array([step.state for _, _, step in steps]),
-                "return_to_go": np.where(ended, realised * scale.scale, np.nan),
-                **_measured(
-                    policy,
-                    [window.input_ids for _, window in batch],
-                    [(row, step) for row, _, step in steps],
-                    betas,
-                    scale.scale,
-                ),
-            }
-        )
-    flat = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
-    order = np.lexsort((flat.pop("state"), flat["turn"], flat["trajectory"]))  # back to the order of the logs
-    flat = {name: values[..., order] for name, values in flat.items()}
-    return StepOutputs(**{"q": None, "v": None, **flat}, counts=+counts)
+    few_shot = few_shot_of_logs(policy, trajectories, demonstrations, encoder.return_ids_for)
+    logs = Experience.of(trajectories, encoder, counts, policy.renderer.close_id, next_rows=False, few_shot=few_shot)
+    measured = compute_step_outputs(
+        policy.model, logs.windows, measure=partial(_measured, policy, betas), token_budget=token_budget
+    ).measured
+    unit, column = encoder.scale.scale, {name: values for name, (values, _) in logs.windows.flat.items()}
+    ended = np.array([t.terminated for t in trajectories])[logs.episode] & column["has_target"].astype(bool)
+    return LoggedTokens(
+        trajectory=logs.episode,
+        turn=column["turn"],
+        token=column["action"],
+        log_prob=measured["log_prob"],
+        acting_log_prob=measured["acting_log_prob"],
+        q=unit * measured["q"] if "q" in measured else None,
+        v=unit * measured["v"] if "v" in measured else None,
+        return_to_go=np.where(ended, unit * column["return_to_go"], np.nan),
+        kl=measured["kl"].T,
+        changed=measured["changed"].T,
+        counts=+counts,
+    )
 
 
 def few_shot_of_logs(
@@ -136,7 +125,7 @@ def few_shot_of_logs(
       policy: the policy.
       trajectories: the logs.
       demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
-        `compute_step_outputs`.
+        `measure_logs`.
       return_ids_for: function from a trajectory to the ids that encode returns, put before each of its agent turns;
         None = no such ids.
     """
@@ -149,126 +138,52 @@ def few_shot_of_logs(
     return encode_few_shot(spec, trajectories, demonstrations, policy.renderer, return_ids_for)
 
 
-def _has_heads(policy: LanguagePolicy) -> bool:
-    return getattr(policy.model, "value_heads", None) is not None
-
-
-@torch.inference_mode()
-def _measured(
-    policy: LanguagePolicy,
-    rows: Sequence[Sequence[int]],
-    steps: Sequence[tuple[int, Step]],
-    betas: Sequence[float],
-    unit: float,
-) -> dict[str, np.ndarray]:
-    """Run the model over a batch of windows and measure n agent tokens in them.
-
-    Args:
-      rows: token ids of each window.
-      steps: n pairs (index into `rows`, an agent token of that window).
-      betas: B values of β.
-      unit: factor that converts Q and V to reward units.
-    Returns: arrays by field of `StepOutputs`, (n,) each, or (B, n) for `kl` and `changed`; `q` and `v` only with value
-      heads.
-    """
-    model = policy.model.eval()
-    device = model.device
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)
-    outputs, hidden = model.forward_with_hidden(input_ids=ids, attention_mask=mask, use_cache=False)
-    row = torch.tensor([row for row, _ in steps], device=device)
-    state = torch.tensor([step.state for _, step in steps], device=device)
-    token = torch.tensor([step.action for _, step in steps], device=device)
-    parts: dict[str, list[Tensor]] = {"token": [token]}
-    # In chunks, because Q and the filters need several tensors of the size of the logits at these states.
-    for chunk in torch.arange(len(steps), device=device).split(max(1, CHUNK // outputs.logits.shape[-1])):
-        logits, states = outputs.logits[row[chunk], state[chunk]].float(), hidden[row[chunk], state[chunk]]
-        for name, values in _of_states(policy, logits, states, token[chunk], betas, unit):
-            parts.setdefault(name, []).append(values)
-    return {name: torch.cat(values, dim=-1).cpu().numpy() for name, values in parts.items()}
-
-
-def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v: Tensor | None) -> Tensor:
+def acting_log_prob(policy: LanguagePolicy, states: States) -> Tensor:
     """Return the log-probabilities that the policy draws its next token from in play, (n, vocabulary).
 
     At temperature 0 (greedy play), they are 0 at the best token and −∞ elsewhere.
-
-    Args:
-      logits: (n, vocabulary), the model's logits at n states.
-      q: (heads, n, vocabulary) from `values_at`, in scaled reward units; None without value heads.
-      v: (n,) from `values_at`, in scaled reward units; None without value heads.
     """
-    log_prob = decoding_log_prob(policy, logits, q, v, policy.decoding.beta)
+    log_prob = states.distribution(policy.decoding)
     if policy.decoding.temperature > 0:
         return log_prob
     best = log_prob.argmax(-1, keepdim=True)
     return torch.full_like(log_prob, -torch.inf).scatter(-1, best, 0.0)
 
 
-def values_at(policy: LanguagePolicy, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return Q and V at hidden states (n, d), in scaled reward units.
-
-    Returns: Q of the target heads, (heads, n, vocabulary), and V, (n,); (None, None) without value heads.
-    """
-    if not _has_heads(policy):
-        return None, None
-    return policy.model.q_values(hidden), policy.model.v_values(hidden)
-
-
-def _of_states(
-    policy: LanguagePolicy, logits: Tensor, hidden: Tensor, token: Tensor, betas: Sequence[float], unit: float
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (field of `StepOutputs`, values) at n states: (n,), or (B, n) for `kl` and `changed`.
+def _measured(policy: LanguagePolicy, betas: Sequence[float], states: States) -> dict[str, Tensor]:
+    """Return fields of `LoggedTokens` at n states, in scaled reward units: (n,), or (n, B) for `kl` and `changed`.
 
     Args:
-      logits: (n, vocabulary).
-      hidden: (n, d), hidden states.
-      token: (n,), id of the token that follows each state in the log.
+      policy: the policy.
       betas: B values of β.
-      unit: factor that converts Q and V to reward units.
+      states: the model's outputs.
     """
-    taken = token.unsqueeze(-1)
-    log_prob = logits.log_softmax(-1)
-    yield "log_prob", log_prob.gather(-1, taken).squeeze(-1)
-    q, v = values_at(policy, hidden)
-    yield "acting_log_prob", acting_log_prob(policy, logits, q, v).gather(-1, taken).squeeze(-1)
-    measures = torch.zeros(2, len(betas), len(token), device=logits.device)
-    if q is not None:
-        yield "q", unit * reduce_q(q, policy.decoding.q_reduce).gather(-1, taken).squeeze(-1)
-        yield "v", unit * v
-        plain = (logits / (policy.decoding.temperature or 1.0)).log_softmax(-1)
-        for i, beta in enumerate(betas):
-            guided = decoding_log_prob(policy, logits, q, v, beta)
-            # A token that filters dropped has guided = −∞ and adds 0 · log 0 = 0; the mask avoids 0 · −∞ = NaN.
-            measures[0, i] = (guided.exp() * (guided - plain).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
-            measures[1, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
-    yield "kl", measures[0]
-    yield "changed", measures[1]
+    form, log_prob = policy.decoding, states.logits.log_softmax(-1)
+    plain = (states.logits / (form.temperature or 1.0)).log_softmax(-1)
+    kl, changed = log_prob.new_zeros(2, len(log_prob), len(betas))
+    for i, beta in enumerate(betas):
+        guided = states.distribution(replace(form, beta=beta))
+        # A token that filters dropped has guided = −∞ and adds 0 · log 0 = 0; the mask avoids 0 · −∞ = NaN.
+        kl[:, i] = (guided.exp() * (guided - plain).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
+        changed[:, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
+    action = states.steps["action"].unsqueeze(-1)
+    found = {
+        "log_prob": log_prob.gather(-1, action).squeeze(-1),
+        "acting_log_prob": acting_log_prob(policy, states).gather(-1, action).squeeze(-1),
+        "kl": kl,
+        "changed": changed,
+    }
+    if policy.model.value_heads is not None:
+        found |= {"q": reduce_q(states.q_of_action(), form.q_reduce), "v": states.v()}
+    return found
 
 
-def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tensor, beta: float) -> Tensor:
-    """Return the log-probabilities over the vocabulary that guidance of weight `beta` gives, (n, vocabulary).
-
-    Filters and temperature are those of `policy.decoding`, applied as in `Sampler.draw`.
-
-    Args:
-      logits: (n, vocabulary), the model's logits at n states.
-      q: (heads, n, vocabulary), in scaled reward units; not used at β 0.
-      v: (n,), in scaled reward units; used only if `policy.decoding` limits the advantage (`clip`).
-      beta: weight of value guidance; 0 = none.
-    """
-    outputs = ModelOutputs(q=lookup_in(q), v=lambda: v)
-    form = replace(policy.decoding, beta=beta)
-    return next_token(logits, form, outputs).over_vocabulary(logits.shape[-1])
-
-
-def guidance_by_beta(steps: StepOutputs, betas: Sequence[float]) -> list[dict[str, float]]:
+def guidance_by_beta(steps: LoggedTokens, betas: Sequence[float]) -> list[dict[str, float]]:
     """Return, for each β, how far value guidance moves the policy, averaged over logged agent tokens.
 
     Args:
       steps: measurements at these tokens.
-      betas: the values that `compute_step_outputs` was given.
+      betas: the values that `measure_logs` was given.
     Returns: one mapping per β: `beta`; `kl`, the mean KL(guided ‖ π) in nats per token, with π at the policy's
       temperature and without filters; and `changed`, the share of tokens at which guidance changes the most probable
       token. Both are computed over the whole vocabulary, not sampled.
@@ -287,7 +202,7 @@ def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> flo
     return max((entry["beta"] for entry in by_beta if entry["kl"] <= kl_budget), default=0.0)
 
 
-def calibration(steps: StepOutputs, bins: int = 10) -> list[dict[str, float]]:
+def calibration(steps: LoggedTokens, bins: int = 10) -> list[dict[str, float]]:
     """Compare Q with realised returns: sort the agent tokens by Q and cut them into equally large bins.
 
     Tokens of logs that were cut are left out, because their return is unknown.
@@ -307,7 +222,7 @@ def calibration(steps: StepOutputs, bins: int = 10) -> list[dict[str, float]]:
     ]
 
 
-def ranking_accuracy(steps: StepOutputs, trajectories: Sequence[Trajectory]) -> Estimate | None:
+def ranking_accuracy(steps: LoggedTokens, trajectories: Sequence[Trajectory]) -> Estimate | None:
     """Return the share of pairs of trajectories that Σ(Q − V) orders as their returns do.
 
     A pair is two finished trajectories of one group with unequal returns. The sum is over the agent's tokens; equal
@@ -390,11 +305,11 @@ def evaluate_offline(
       betas: candidates for β; ignored without value heads.
       kl_budget: limit for choosing β, in nats per token.
       demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
-        `compute_step_outputs`.
+        `measure_logs`.
     Raises: InputError if no agent turn fits into a window, or the task of a log has too few demonstrations.
     """
-    guided = _has_heads(policy)
-    steps = compute_step_outputs(policy, trajectories, betas if guided else (), demonstrations=demonstrations)
+    guided = policy.model.value_heads is not None
+    steps = measure_logs(policy, trajectories, betas if guided else (), demonstrations)
     clusters = [trajectories[i].group or int(i) for i in steps.trajectory]
     log_prob = Cells.of((0, *pair) for pair in zip(clusters, steps.log_prob.tolist(), strict=True)).estimate()
     values: dict[str, Any] = {}
@@ -419,9 +334,9 @@ def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequenc
       policy: the policy.
       trajectory: the logged dialogue.
       demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
-        `compute_step_outputs`.
+        `measure_logs`.
     """
-    steps = compute_step_outputs(policy, [trajectory], demonstrations=demonstrations)
+    steps = measure_logs(policy, [trajectory], demonstrations=demonstrations)
     lines = [f"return {trajectory.total_return:g}" + ("" if trajectory.terminated else " (partial: the log was cut)")]
     for number, turn in enumerate(trajectory.turns):
         lines.append(f"{turn.role}: {turn.content}")

@@ -24,7 +24,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from offline_lmrl.decoding.distribution import TERMS, Form, ModelOutputs, next_token
+from offline_lmrl.decoding.distribution import TERMS, Form
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError, shown
@@ -32,6 +32,8 @@ from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import saved_run_metadata
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
+from offline_lmrl.models.step_outputs import compute_step_outputs
+from offline_lmrl.tokens.batching import token_rows
 from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTokens, texts_of
 from offline_lmrl.tokens.windows import WindowRule, policy_window
 
@@ -326,13 +328,13 @@ def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
       read: (B, T) long, token ids of B texts.
     Returns: (B·T, vocabulary), not normalised.
     """
-    decoding, read = policy.decoding, read.to(policy.model.device)
-    outputs, hidden = policy.model.forward_with_hidden(
-        input_ids=read, attention_mask=torch.ones_like(read), use_cache=False
-    )
+    decoding = policy.decoding
     form = Form(decoding.temperature, beta=decoding.beta, q_reduce=decoding.q_reduce)
-    values = ModelOutputs(q=lambda ids: policy.model.q_values(hidden, ids))
-    return next_token(outputs.logits, form, values, normalised=False).scores.flatten(0, 1)
+    texts = token_rows(read.tolist(), [range(read.shape[1])] * len(read))
+    outputs = compute_step_outputs(
+        policy.model, texts, measure=lambda states: {"scores": states.distribution(form, normalised=False)}
+    )
+    return torch.from_numpy(outputs.measured["scores"]).to(policy.model.device)
 
 
 @torch.inference_mode()
@@ -413,7 +415,7 @@ def _example(
 def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, example: str) -> str:
     window = policy.window
     turns = "all" if window.context is None else f"at most {window.context}"
-    stock = policy.renderer.differences(EXAMPLE)
+    stock = policy.renderer.check.difference(EXAMPLE)
     shown = "" if saved.get("few_shot") is None else "; few-shot demonstrations of the task come first"
     lines = [
         f"# {policy.model.config.model_type}, trained by offline RL from logs",

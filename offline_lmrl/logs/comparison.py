@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from offline_lmrl.errors import InputError, at
+from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import (
     Turn,
     finite,
     labels_text,
     messages_of,
-    read_labels,
     require_labels,
     require_list,
     require_text,
@@ -143,24 +142,6 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
         "source": comparison.source,
         "labels": labels_text(comparison.labels),
     }
-
-
-def build_comparison(
-    context: Sequence[Turn], options: Sequence[Sequence[Turn]], record: Mapping[str, Any], where: str
-) -> Comparison:
-    """Build a comparison of these turns and the other fields of a record.
-
-    Args:
-      record: has target, and may have ranking, weight, group, source and labels; absent and null fields take their
-        defaults.
-      where: the start of error messages, "file:row".
-
-    Raises: InputError if `Comparison` refuses the values.
-    """
-    names = ("target", "ranking", "weight", "group", "source")
-    fields = {name: record[name] for name in names if record.get(name) is not None}
-    with at(where):
-        return Comparison(tuple(context), tuple(options), labels=read_labels(record.get("labels")), **fields)
 
 
 def _as_context(turn: Any, i: int) -> Turn:

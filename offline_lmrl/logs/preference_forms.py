@@ -7,8 +7,8 @@ A row is one line of a data file, as a dict. These forms are read:
     chosen, rejected                                 implicit: each side is a whole conversation
     prompt, responses, ranks (or rank)               the lowest rank is best, equal ranks tie, null = unranked
 
-A prompt may also be in a column `messages` or ShareGPT's `conversations`, and a side may be one message; `forms` lists
-the spellings of messages, numbers and lists that are read. All forms may contain `weight, group, source, labels`.
+A prompt may also be in a column `messages` or ShareGPT's `conversations`, and a side may be one message; `messages`
+lists the spellings that are read. All forms may contain `weight, group, source, labels`.
 Other columns are kept in `labels`; a column `margin` becomes `labels["strength"]`. Without a group, a row's group is a
 hash of its first user turn, ignoring case, punctuation and white space, so that no split separates the branches of one
 conversation. If responses are left out, so are their entries in `labels["options"]`.
@@ -18,9 +18,7 @@ The context is the turns that all sides share; sides are compared turn by turn, 
 and only the last reply is compared. Other text without a prompt cannot be divided into turns: all of it is the
 agent's.
 
-In all functions, `where` is "file:row", the start of every error message, and `repairs` is a counter that is
-incremented for each repair, under a key that describes it. A side is one of the replies or conversations that a row
-compares. `allow_empty` accepts replies without text.
+A side is one of the replies or conversations that a row compares. `allow_empty` accepts replies without text.
 """
 
 import hashlib
@@ -30,18 +28,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from offline_lmrl.errors import InputError, at, listed
-from offline_lmrl.logs.comparison import Comparison, build_comparison
-from offline_lmrl.logs.forms import (
-    DIALOGUES,
-    as_list,
-    given_fields,
-    read_messages,
-    read_prompt,
-    with_tools,
-)
-from offline_lmrl.logs.record import Drop, Record, read_text
-from offline_lmrl.logs.trajectory import Turn, as_context, finite, read_labels, shown
+from offline_lmrl.errors import InputError, at, listed, require
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import given_fields, labels_of, read_or_drop
+from offline_lmrl.logs.messages import DIALOGUES, as_list, read_turns, with_tools
+from offline_lmrl.logs.record import Record, drop_if, read_text
+from offline_lmrl.logs.trajectory import Turn, as_context, read_labels
 
 # End tokens of common tokenizers. As text at the end of a logged reply they would be trained on, though nobody wrote
 # them.
@@ -76,29 +68,22 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
 
     Raises: InputError for unknown forms and values of the wrong type.
     """
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
-    present = {name for name, value in row.items() if value is not None}
-    repairs: Counter = Counter()
-    dialogue = next((name for name in DIALOGUES if name in present), None)
-    if dialogue is not None and "prompt" not in present and {"chosen", "rejected"} <= present:
-        row, present = {**row, "prompt": row[dialogue]}, present - {dialogue} | {"prompt"}
-    try:
-        context, options, fields, used = _parts(row, present, where, repairs, allow_empty)
-    except Drop as drop:
-        counts[f"dropped: {drop}"] += 1
-        return None
-    fields = given_fields(Record(row, where, repairs), _ROW_FIELDS) | fields
-    fields.setdefault("group", root_group(context))
-    if "tools" in present:
-        context, used = with_tools(context, row["tools"], where), used | {"tools"}
-    comparison = build_comparison(context, options, fields, where)
-    extra = Record(row, where, repairs).columns(present - used - _ROW_FIELDS)
-    if "margin" in extra:
-        extra["strength"] = extra.pop("margin")
-    counts.update(repairs)
-    with at(where):
-        return replace(comparison, labels={**extra, **comparison.labels}) if extra else comparison
+
+    def read(row: Record) -> Comparison:
+        dialogue = next((name for name in DIALOGUES if name in row.present), None)
+        if dialogue is not None and "prompt" not in row.present and {"chosen", "rejected"} <= row.present:
+            row = replace(row, fields={**row, "prompt": row[dialogue], dialogue: None})
+        context, options, fields, used = _parts(row, allow_empty)
+        fields = {"group": root_group(context), **given_fields(row, _ROW_FIELDS), **fields}
+        context = with_tools(context, row)
+        labels = row.others({*used, *_ROW_FIELDS, "tools"})
+        if "margin" in labels:
+            labels["strength"] = labels.pop("margin")
+        with at(row.where):
+            labels |= read_labels(fields.pop("labels", None))
+            return Comparison(tuple(context), tuple(options), labels=labels, **fields)
+
+    return read_or_drop(read, row, where, counts)
 
 
 def transcript(text: str, repairs: Counter) -> list[Turn]:
@@ -106,19 +91,19 @@ def transcript(text: str, repairs: Counter) -> list[Turn]:
 
     A tag is read as such only after a blank line or at the start; elsewhere it is part of the text.
 
+    Args:
+      repairs: incremented for each turn that is merged into the one before it.
     Raises: Drop for text before the first tag.
     """
     head, *pieces = _TAG.split("\n\n" + read_text(text).lstrip())
-    if head.strip():
-        raise Drop("text before the first speaker tag")
+    drop_if(head.strip(), "text before the first speaker tag")
     turns: list[Turn] = []
     for speaker, spoken in zip(pieces[::2], pieces[1::2], strict=True):
         role, spoken = _SPEAKERS[speaker], spoken.strip()
         if turns and turns[-1].role == role:
             repairs[f"repaired: consecutive {speaker} turns merged"] += 1
-            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{spoken}".strip())
-        else:
-            turns.append(Turn(role, spoken))
+            spoken = f"{turns.pop().content}\n\n{spoken}".strip()
+        turns.append(Turn(role, spoken))
     return turns
 
 
@@ -141,63 +126,55 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
 
 
-def _parts(
-    row: Mapping, present: set[str], where: str, repairs: Counter, allow_empty: bool
-) -> tuple[list[Turn], list[list[Turn]], dict[str, Any], set[str]]:
+def _parts(row: Record, allow_empty: bool) -> tuple[list[Turn], list[list[Turn]], dict[str, Any], set[str]]:
     """Read a row into the parts of a comparison.
 
-    Args:
-      present: the columns of the row that are not null.
     Returns: the context; the options; further fields of `Comparison` by name (target, ranking, labels); and the names
       of the columns that were used.
     """
-    if {"context", "options", "target"} <= present:
-        context = read_messages(row["context"], where, "context", repairs, allow_empty=True)
-        options = [
-            read_messages(option, where, f"options[{i}]", repairs, allow_empty=True)
-            for i, option in enumerate(_list(row["options"], where, "options", repairs))
-        ]
-        return context, options, {name: row[name] for name in _OWN & present}, _OWN
-    if {"chosen", "rejected"} <= present:
-        context, options = _pair(row, where, repairs, allow_empty)
+    if {"context", "options", "target"} <= row.present:
+        context = read_turns(row, "context", allow_empty=True)
+        sides = _each(row, "options")
+        options = [read_turns(sides, name, allow_empty=True) for name in sides]
+        return context, options, {name: row[name] for name in ("target", "ranking") if name in row.present}, _OWN
+    if {"chosen", "rejected"} <= row.present:
+        context, options = _pair(row, allow_empty)
         return context, options, {"target": (1.0, 0.0), "ranking": ((0,), (1,))}, {"prompt", "chosen", "rejected"}
-    column = "ranks" if "ranks" in present else "rank"
-    if {"prompt", "responses", column} <= present:
-        context, options, ranks, labels = _ranked(row, column, where, repairs, allow_empty)
+    column = "ranks" if "ranks" in row.present else "rank"
+    if {"prompt", "responses", column} <= row.present:
+        context, options, ranks, labels = _ranked(row, column, allow_empty)
         levels = sorted(set(ranks))
         ranking = [[i for i, rank in enumerate(ranks) if rank == level] for level in levels]
         target = [(rank == levels[0]) / len(ranking[0]) for rank in ranks]
         fields = {"target": target, "ranking": ranking, "labels": labels}
         return context, options, fields, {"prompt", "responses", column}
-    found = listed(sorted(present)) or "none"
-    raise InputError(f"{where}: fields: found {found}, expected {_FORMS}")
+    found = listed(sorted(row.present)) or "none"
+    raise InputError(f"{row.where}: fields: found {found}, expected {_FORMS}")
 
 
-def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
-    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if is_transcript(prompt) and all(isinstance(side, str) for side in sides):
+def _pair(row: Record, allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
+    prompt, sides = row.get("prompt"), {name: row[name] for name in ("chosen", "rejected")}
+    if is_transcript(prompt) and all(isinstance(side, str) for side in sides.values()):
         # A prompt that ends in "Assistant:" and its reply are two halves of one transcript.
-        sides = [side if side.startswith(prompt) else prompt + side for side in sides]
+        sides = {name: side if side.startswith(prompt) else prompt + side for name, side in sides.items()}
         prompt = None
-    if prompt is None and all(map(is_transcript, sides)):
-        context, options = _split([transcript(side, repairs) for side in sides], allow_empty)
-        if any(len(option) > 1 for option in options):
-            raise Drop("the sides differ before the last reply")
+    if prompt is None and all(map(is_transcript, sides.values())):
+        context, options = _split([transcript(side, row.repairs) for side in sides.values()], allow_empty)
+        drop_if(any(len(option) > 1 for option in options), "the sides differ before the last reply")
         return context, options
-    context = [] if prompt is None else read_prompt(prompt, where, repairs)
-    if prompt is None and any(isinstance(side, str) for side in sides):
-        repairs["repaired: text without turns read as the agent's reply, without a context"] += 1
-    prompt = _repeated(prompt, sides)
-    turns = [
-        read_reply(side, context, prompt, where, name, repairs)
-        for name, side in zip(("chosen", "rejected"), sides, strict=True)
-    ]
-    common, options = _split(turns, allow_empty)
+    context = [] if prompt is None else read_turns(row, "prompt", "user", context=True)
+    row.count(
+        "repaired: text without turns read as the agent's reply, without a context",
+        prompt is None and any(isinstance(side, str) for side in sides.values()),
+    )
+    prompt = _repeated(prompt, list(sides.values()))
+    record = replace(row, fields=sides)
+    common, options = _split([read_reply(record, name, context, prompt) for name in sides], allow_empty)
     return [*context, *common], options
 
 
 def _ranked(
-    row: Mapping, column: str, where: str, repairs: Counter, allow_empty: bool
+    row: Record, column: str, allow_empty: bool
 ) -> tuple[list[Turn], list[list[Turn]], list[float], dict[str, Any]]:
     """Return the context, the options, their ranks (lowest = best) and the row's labels.
 
@@ -206,35 +183,34 @@ def _ranked(
     Args:
       column: the column with the ranks, "ranks" or "rank".
     """
-    responses, ranks = (_list(row[name], where, name, repairs) for name in ("responses", column))
-    if len(responses) != len(ranks):
-        raise InputError(
-            f"{where}: {column}: found {len(ranks)} for {len(responses)} responses, expected one for each response"
-        )
-    context = read_context(row["prompt"], where, repairs)
-    prompt = _repeated(row["prompt"], responses)
+    responses, ranks = _each(row, "responses"), _each(row, column)
+    require(
+        len(responses) == len(ranks),
+        f"{row.where}: {column}: found {len(ranks)} for {len(responses)} responses, expected one for each response",
+    )
+    context = read_context(row, "prompt")
+    prompt = _repeated(row["prompt"], list(responses.values()))
     ranked: dict[tuple, tuple[list[Turn], float, int]] = {}
     for i, (response, rank) in enumerate(zip(responses, ranks, strict=True)):
-        if rank is None:
-            repairs["repaired: response without a rank left out"] += 1
+        if ranks[rank] is None:
+            row.count("repaired: response without a rank left out")
             continue
-        with at(where):
-            rank = finite(f"{column}[{i}]", rank)
-        reply = read_reply(response, context, prompt, where, f"responses[{i}]", repairs)
+        number, reply = ranks.number(rank), read_reply(responses, response, context, prompt)
         if _is_empty(reply) and not allow_empty:
-            repairs["repaired: empty response left out"] += 1
+            row.count("repaired: empty response left out")
             continue
-        if _spoken(reply) not in ranked:
-            ranked[_spoken(reply)] = reply, rank, i
-        elif ranked[_spoken(reply)][1] == rank:
-            repairs["repaired: equal responses of the same rank merged"] += 1
-        else:
-            raise Drop("one text with two ranks")
-    if len(ranked) < 2:
-        raise Drop("fewer than two ranked responses")
+        before = ranked.setdefault(_spoken(reply), (reply, number, i))
+        drop_if(before[1] != number, "one text with two ranks")
+        row.count("repaired: equal responses of the same rank merged", before[2] != i)
+    drop_if(len(ranked) < 2, "fewer than two ranked responses")
     replies, kept_ranks, places = zip(*ranked.values(), strict=True)
     common, options = _split(replies, allow_empty)
-    return [*context, *common], options, list(kept_ranks), _labels_of(row, places, len(responses), where)
+    return [*context, *common], options, list(kept_ranks), _labels_at(row, places, len(responses))
+
+
+def _each(row: Record, name: str) -> Record:
+    """Return the items of a list, which may be given as JSON text, as a record; see `Record.each`."""
+    return replace(row, fields={name: as_list(row[name], row.repairs)}).each(name)
 
 
 def _repeated(prompt: Any, sides: Sequence) -> Any:
@@ -245,68 +221,66 @@ def _repeated(prompt: Any, sides: Sequence) -> Any:
     reply starts with one by coincidence.
     """
     texts = [side for side in sides if isinstance(side, str) and side]
-    is_told = is_transcript(prompt) or not isinstance(prompt, str) or all(text.startswith(prompt) for text in texts)
-    return prompt if is_told else None
+    repeats = is_transcript(prompt) or not isinstance(prompt, str) or all(text.startswith(prompt) for text in texts)
+    return prompt if repeats else None
 
 
-def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> dict[str, Any]:
+def _labels_at(row: Record, places: Sequence[int], size: int) -> dict[str, Any]:
     """Return the row's labels. If `labels["options"]` has one entry per response, only those at `places` are kept.
 
     Args:
       places: indices of the responses that are used.
       size: the number of responses in the row.
     """
-    with at(where):
-        labels = read_labels(row.get("labels"))
+    labels = labels_of(row)
     options = labels.get("options")
     if isinstance(options, list) and len(options) == size:
         labels["options"] = [options[i] for i in places]
     return labels
 
 
-def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
+def read_context(row: Record, field: str) -> list[Turn]:
     """Read the turns of a prompt, none of which is trainable.
 
     Args:
-      prompt: text, a list of messages, or a transcript, which may end with "Assistant:" and no text after it.
+      field: the field with the prompt: text, a list of messages, or a transcript, which may end with "Assistant:" and
+        no text after it.
     """
-    if not is_transcript(prompt):
-        return read_prompt(prompt, where, repairs)
-    turns = transcript(prompt, repairs)
+    if not is_transcript(row[field]):
+        return read_turns(row, field, "user", context=True)
+    turns = transcript(row[field], row.repairs)
     if turns[-1] == Turn("assistant", ""):
         turns.pop()
     return as_context(turns)
 
 
-def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
+def read_reply(row: Record, field: str, context: list[Turn], prompt: Any) -> list[Turn]:
     """Read the turns of one side, without the context that it may repeat at its start.
 
     An end token at the end of the last turn is removed too.
 
     Args:
-      side: a text, a message or a list of messages.
+      field: the field with the side: a text, a message or a list of messages.
       context: the turns of the prompt.
       prompt: the text or messages that `context` was read from; None = replies given as text do not repeat it.
-      field: the column of the side, for error messages.
     """
+    side, repeats = row[field], False
     if isinstance(side, str):
         text = read_text(side)
-        if isinstance(prompt, str) and prompt and text.startswith(prompt):
-            text = text[len(prompt) :]
-            repairs["repaired: prompt removed from the start of a reply"] += 1
+        repeats = isinstance(prompt, str) and prompt != "" and text.startswith(prompt)
+        text = text[len(prompt) :] if repeats else text
         turns = [Turn("assistant", text.strip() if is_transcript(prompt) else text)]
     else:
-        side = [side] if isinstance(side, Mapping) else side
-        turns = read_messages(side, where, field, repairs, allow_empty=True)
-        if context and _spoken(turns[: len(context)]) == _spoken(context):
-            turns = turns[len(context) :]
-            repairs["repaired: prompt removed from the start of a reply"] += 1
-    if turns:
-        text = turns[-1].content
-        ends = [token for token in END_TOKENS if text.rstrip().endswith(token)]
-        if ends:
-            repairs["repaired: end token removed from a reply"] += 1
-            turns[-1] = replace(turns[-1], content=text.rstrip().removesuffix(ends[0]))
+        row = replace(row, fields={field: [side] if isinstance(side, Mapping) else side})
+        turns = read_turns(row, field, allow_empty=True)
+        repeats = bool(context) and _spoken(turns[: len(context)]) == _spoken(context)
+        turns = turns[len(context) :] if repeats else turns
+    row.count("repaired: prompt removed from the start of a reply", repeats)
+    text = turns[-1].content.rstrip() if turns else ""
+    end = next((token for token in END_TOKENS if text.endswith(token)), None)
+    if end is not None:
+        row.count("repaired: end token removed from a reply")
+        turns[-1] = replace(turns[-1], content=text.removesuffix(end))
     return turns
 
 
@@ -320,13 +294,10 @@ def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], 
     while all(len(side) > common and side[common] == spoken[0][common] for side in spoken):
         common += 1
     options = [side[common:] for side in sides]
-    if any(options) and not all(options):
-        raise Drop("one side continues where the other ends")
+    drop_if(any(options) and not all(options), "one side continues where the other ends")
     require_replies(options, allow_empty)
-    if not all(option[0].is_trainable for option in options):
-        raise Drop("the sides differ before the agent's reply")
-    if not all(option[-1].is_trainable for option in options):
-        raise Drop("a side that does not end with the agent")
+    drop_if(not all(option[0].is_trainable for option in options), "the sides differ before the agent's reply")
+    drop_if(not all(option[-1].is_trainable for option in options), "a side that does not end with the agent")
     return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in sides[0][:common]], options
 
 
@@ -340,10 +311,8 @@ def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> Non
     Raises: Drop if two options are equal or one is empty.
     """
     words = [[[text.split() for text in turn.spoken] for turn in option] for option in options]
-    if any(words.count(option) > 1 for option in words):
-        raise Drop("identical replies")
-    if not allow_empty and any(map(_is_empty, options)):
-        raise Drop("empty reply")
+    drop_if(any(words.count(option) > 1 for option in words), "identical replies")
+    drop_if(not allow_empty and any(map(_is_empty, options)), "empty reply")
 
 
 def _spoken(turns: Sequence[Turn]) -> tuple[tuple[str, ...], ...]:
@@ -352,10 +321,3 @@ def _spoken(turns: Sequence[Turn]) -> tuple[tuple[str, ...], ...]:
 
 def _is_empty(reply: Sequence[Turn]) -> bool:
     return not any(turn.content.strip() or turn.tool_calls for turn in reply)
-
-
-def _list(value: Any, where: str, field: str, repairs: Counter) -> Sequence:
-    value = as_list(value, repairs)
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise InputError(f"{where}: {field}: found {shown(value)}, expected a list")
-    return value

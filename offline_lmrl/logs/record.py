@@ -4,9 +4,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from offline_lmrl.errors import InputError, at, shown
+from offline_lmrl.errors import InputError, at, require, shown
 from offline_lmrl.logs.trajectory import finite, require_list
 
 WORDS = {"true": True, "false": False, "1": True, "0": False}
@@ -14,6 +15,15 @@ WORDS = {"true": True, "false": False, "1": True, "0": False}
 
 class Drop(Exception):
     """Raised if a row cannot be used and is left out; the message is the reason under which this is counted."""
+
+
+def drop_if(holds: Any, reason: str) -> None:
+    """Leave the row out for a reason, if a condition holds.
+
+    Raises: Drop if it does.
+    """
+    if holds:
+        raise Drop(reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +52,19 @@ class Record(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.fields)
 
-    @property
+    @cached_property
     def present(self) -> set[str]:
         """The names of the fields that are not null."""
         return {name for name, value in self.items() if value is not None}
+
+    def count(self, what: str, holds: Any = True) -> None:
+        """Count a repair, or a fact about a row that is kept as it is, if it holds for the row.
+
+        Args:
+          what: the key, such as "repaired: end token removed" or "kept: tie".
+        """
+        if holds:
+            self.repairs[what] += 1
 
     def error(self, name: str, expected: str) -> InputError:
         """Return the error for a field that holds something else than what was expected."""
@@ -62,8 +81,7 @@ class Record(Mapping[str, Any]):
 
     def words(self, name: str, reason: str) -> str:
         """Return a field that is text with more than white space; raise Drop with this reason if it has none."""
-        if not self.text(name).strip():
-            raise Drop(reason)
+        drop_if(not self.text(name).strip(), reason)
         return self[name]
 
     def number(self, name: str) -> float:
@@ -74,15 +92,13 @@ class Record(Mapping[str, Any]):
     def between(self, name: str, lowest: float, highest: float) -> float:
         """Return a field that is a number in a range, its ends included."""
         value = self.number(name)
-        if not lowest <= value <= highest:
-            raise InputError(f"{self.where}: {name}: found {value}, expected {lowest} to {highest}")
+        require(lowest <= value <= highest, f"{self.where}: {name}: found {value}, expected {lowest} to {highest}")
         return value
 
     def whole(self, name: str) -> int:
         """Return a field that is a whole number. 3.0 is one too: Parquet with nulls and pandas turn 3 into 3.0."""
         value = self.number(name)
-        if value != int(value):
-            raise InputError(f"{self.where}: {name}: found {value}, expected a whole number")
+        require(value == int(value), f"{self.where}: {name}: found {value}, expected a whole number")
         return int(value)
 
     def choice(self, name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 
-from offline_lmrl.errors import InputError, at, shown
+from offline_lmrl.errors import InputError, shown
 
 ROLES = ("system", "user", "assistant", "tool", "environment")
 OPTIONAL_TURN_FIELDS = (
@@ -204,46 +204,6 @@ def labels_text(labels: Mapping[str, Any]) -> str:
         return json.dumps(dict(labels), sort_keys=True)
     except (TypeError, ValueError) as error:
         raise InputError(f"labels: found {error}, expected values that JSON can hold") from error
-
-
-def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Turn:
-    """Build a turn from a message of a record.
-
-    Args:
-      message: a mapping from names of `Turn`'s fields to values.
-      where: "file:row: field", put in front of every error message.
-      allow_empty: True: accept an agent turn without any text.
-    Raises: InputError for an invalid field.
-    """
-    if not isinstance(message, Mapping):
-        raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
-    try:
-        turn = Turn(message.get("role"), message.get("content"), *(message.get(name) for name in OPTIONAL_TURN_FIELDS))
-    except InputError as error:
-        raise InputError(f"{where}.{error}") from error
-    # An empty text with sampled ids is a real action, the closing token. Without ids there is nothing to learn from.
-    spoke = turn.content or turn.token_ids or turn.tool_calls
-    if turn.is_trainable and not spoke and not allow_empty:
-        raise InputError(f"{where}.content: found empty text, expected the text of the agent's turn")
-    return turn
-
-
-def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: str) -> Trajectory:
-    """Build a trajectory from turns and the other fields of a record.
-
-    Args:
-      record: may have terminated, group, task, source and labels; absent and null fields take their defaults.
-      where: "file:row", put in front of every error message.
-    Raises: InputError for an invalid field, or if no turn is trainable.
-    """
-    fields = {name: record[name] for name in ("terminated", "group", "task", "source") if record.get(name) is not None}
-    with at(where):
-        labels = read_labels(record.get("labels"))
-        trajectory = Trajectory(tuple(turns), labels=labels, **fields)
-    if not any(turn.is_trainable for turn in turns):
-        roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
-        raise InputError(f"{where}: messages: found only untrained turns ({roles}), expected at least one agent turn")
-    return trajectory
 
 
 def leading_system_turns(turns: Sequence[Turn]) -> int:

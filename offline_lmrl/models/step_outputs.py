@@ -4,22 +4,30 @@ A step is one token that the agent chose, its action, at a state (row, position)
 Notation: B rows of T tokens, vocabulary size V, width d of the hidden states, H Q heads; N is the number of steps in a
 batch, M that of the steps that close a turn, E that of the environment's tokens.
 
-`StepRequest` is the argument `request` of the guided model's forward, which then returns the result of
-`packed_outputs`. Everything that has parameters so runs inside the forward of the model that DDP or FSDP wraps.
+There are two ways to these numbers. Training asks for them by a `StepRequest`, the argument `request` of the guided
+model's forward, which then returns the result of `packed_outputs`: everything that has parameters so runs inside the
+forward of the model that DDP or FSDP wraps. All else calls `compute_step_outputs` for a whole data set.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
 from offline_lmrl.models.return_heads import outcomes
 from offline_lmrl.models.value_heads import ValueHeads
-from offline_lmrl.tokens.batching import ActionSteps, TokenBatch
+from offline_lmrl.tokens.batching import ActionSteps, TokenBatch, WindowDataset, places_of, token_batches
+
+TOKEN_BUDGET = 4096  # largest number of tokens of a batch, padding included
+CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; limits memory
 
 
 @dataclass(frozen=True)
@@ -232,3 +240,163 @@ def _scale_gradient(hidden: Tensor, scale: float) -> Tensor:
     """Return scale · h + (1 − scale) · h.detach(), which has the values of h and `scale` times its gradient."""
     # At 0 the graph is cut, so that no backward pass runs through the trunk for these terms.
     return hidden.detach() if scale == 0 else hidden.detach().lerp(hidden, scale)
+
+
+@dataclass(frozen=True)
+class States:
+    """What a guided model has computed for n steps of a batch, from which functions compute what a caller wants.
+
+    model: the guided model.
+    input_ids: all rows of the batch, (B,T).
+    hidden: hidden states of these rows, (B,T,d).
+    steps: the n packed action steps (`ActionSteps`), (n,) each.
+    logits: logits of the token after each state, (n,V), fp32; None if nobody wants what is computed from them.
+    """
+
+    model: PreTrainedModel
+    input_ids: Tensor
+    hidden: Tensor
+    steps: Mapping[str, Tensor]
+    logits: Tensor | None
+
+    def at(self, place: str = "", offset: int = 0) -> Tensor:
+        """Return the hidden states (n,d) at the steps' states; with `place` "next_" or "end_", at those states."""
+        return self.hidden[self.steps[f"{place}row"], self.steps[f"{place}state"] + offset]
+
+    @cached_property
+    def _all_q(self) -> Tensor:
+        return self.model.q_values(self.at())
+
+    def q(self, ids: Tensor | None = None) -> Tensor:
+        """Return Q of the target heads for token ids (n,K), (H,n,K), or for the whole vocabulary, (H,n,V)."""
+        return self._all_q if ids is None else self.model.q_values(self.at(), ids)
+
+    def q_of_action(self) -> Tensor:
+        """Return Q of the target heads for the actions, (H,n)."""
+        return self.q(self.steps["action"].unsqueeze(-1)).squeeze(-1)
+
+    def v(self) -> Tensor:
+        return self.model.v_values(self.at())
+
+    def distribution(self, form: Form, *, normalised: bool = True) -> Tensor:
+        """Return the scores of all tokens, (n,V), which `next_token` (decoding/distribution.py) gives by a form."""
+        scores = next_token(self.logits, form, ModelOutputs(q=self.q, v=self.v), normalised=normalised)
+        return scores.over_vocabulary(self.logits.shape[-1])
+
+
+# What each field of `StepOutputs` holds, as a function of the states.
+WANTS: dict[str, Callable[[States], Tensor]] = {
+    "log_prob": lambda states: -F.cross_entropy(states.logits, states.steps["action"], reduction="none"),
+    "target_q": lambda states: states.q_of_action().amin(0),
+    "v": lambda states: states.v(),
+    "next_v": lambda states: states.model.v_values(states.at("next_")),
+    "utterance_q": lambda states: states.model.value_heads.utterance_target_q(states.at(offset=1)).amin(0),
+}
+NEED_LOGITS = {"log_prob"}
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """What a guided model computed at the N steps of a data set, in their order: arrays (N,), None if not wanted.
+
+    Q and V are in scaled reward units; Q is the minimum over the target heads.
+
+    log_prob: log π of the action, in nats.
+    target_q: Q of the action.
+    v: V of the state.
+    next_v: V of the next state, if the data set has `next_rows`.
+    utterance_q: Q of a whole turn, for steps that close one.
+    measured: what the caller's own function computed, by name, (N, ...).
+    """
+
+    log_prob: np.ndarray | None = None
+    target_q: np.ndarray | None = None
+    v: np.ndarray | None = None
+    next_v: np.ndarray | None = None
+    utterance_q: np.ndarray | None = None
+    measured: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@torch.inference_mode()
+def compute_step_outputs(
+    model: PreTrainedModel,
+    dataset: WindowDataset,
+    want: Sequence[str] = (),
+    measure: Callable[[States], Mapping[str, Tensor]] | None = None,
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    share: tuple[int, int] = (0, 1),
+) -> StepOutputs:
+    """Run a model once over a data set and compute something at each of its N steps.
+
+    The result for a step does not depend on the batches, but for rounding.
+
+    Args:
+      model: a guided model, or a PeftModel around one, which is left in eval mode.
+      dataset: rows of tokens with steps (`WindowDataset`, `token_rows`).
+      want: names of the fields of `StepOutputs` to compute.
+      measure: function from the states of n steps to tensors by name, (n, ...); None = none.
+      token_budget: largest number of tokens of a batch, padding included; a longer row is a batch of its own.
+      share: (i, n): compute only every n-th batch, starting with batch i, and leave zeros in the fields elsewhere.
+    """
+    model.eval()
+    with_logits = measure is not None or not NEED_LOGITS.isdisjoint(want)
+
+    def compute(batch: TokenBatch) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {}
+        for states in _states(model, batch, with_logits):
+            found = {name: WANTS[name](states) for name in want} | dict(measure(states) if measure else {})
+            for name, values in found.items():
+                parts.setdefault(name, []).append(values)
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    found = collect_outputs(dataset, compute, model.device, token_budget, share)
+    fields = {name: found.pop(name, np.zeros(dataset.action_tokens, dtype=np.float32)) for name in want}
+    return StepOutputs(**fields, measured=found)
+
+
+def collect_outputs(
+    dataset: WindowDataset,
+    compute: Callable[[TokenBatch], Mapping[str, Tensor]],
+    device: torch.device,
+    token_budget: int = TOKEN_BUDGET,
+    share: tuple[int, int] = (0, 1),
+) -> dict[str, np.ndarray]:
+    """Call a function on all batches of a data set and put what it returns in the order of the data set's N steps.
+
+    Args:
+      dataset: rows of tokens with steps; a batch holds rows of similar length, the longest rows come first.
+      compute: function from a batch on `device` with n steps to tensors by name, (n, ...).
+      device: the device of the batches.
+      token_budget: largest number of tokens of a batch, padding included; a longer row is a batch of its own.
+      share: (i, n): only every n-th batch, starting with batch i; other steps get zeros.
+    Returns: arrays by name, (N, ...), fp32 where `compute` returns floating-point numbers.
+    """
+    found: dict[str, np.ndarray] = {}
+    for index in token_batches(dataset.lengths, token_budget)[share[0] :: share[1]]:
+        outputs = compute(send_to_device(dataset.batch(index), device))
+        places, _ = places_of(dataset.step_offsets, index)
+        for name, values in outputs.items():
+            values = (values.float() if values.is_floating_point() else values).cpu().numpy()
+            if name not in found:
+                found[name] = np.zeros((dataset.action_tokens, *values.shape[1:]), values.dtype)
+            found[name][places] = values
+    return found
+
+
+def _states(model: PreTrainedModel, batch: TokenBatch, with_logits: bool) -> Iterator[States]:
+    """Run the model on a batch; yield the states of its steps in chunks that limit memory."""
+    steps, windows = batch["steps"], batch["windows"]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own, extra = ({name: ids[part] for name, ids in inputs.items()} for part in (slice(windows), slice(windows, None)))
+    logits = None
+    if with_logits:
+        logits, hidden = packed_logits(model, steps["row"], steps["state"], **own)
+    else:
+        hidden = model.hidden_states(**own)
+    if len(extra["input_ids"]):
+        hidden = torch.cat([hidden, model.hidden_states(**extra)])
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    for chunk in torch.arange(len(steps["row"]), device=hidden.device).split(max(1, CHUNK // vocabulary)):
+        part = {name: column[chunk] for name, column in steps.items()}
+        yield States(model, batch["input_ids"], hidden, part, None if logits is None else logits[chunk].float())

@@ -3,7 +3,6 @@
 Environments implement `Environment` or `VectorEnvironment` (logs/protocols.py).
 """
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.protocols import Environment, VectorEnvironment, import_object, is_vector, optional
 from offline_lmrl.logs.trajectory import require_text
+from offline_lmrl.settings import Parameter, arguments, nearest, parameters_of
 
 ENVIRONMENTS = {
     "maze": "offline_lmrl.tasks.maze:Maze",
@@ -37,13 +37,13 @@ def make_environment(name: str, **settings: Any) -> VectorEnvironment | Callable
       name: one of ENVIRONMENTS, or "package.module:Class" of your own; the working folder is searched too.
       settings: keyword arguments of the environment's class.
     Returns: the environment if it plays many episodes at once; else a function that makes a new environment per call.
-    Raises: InputError if the name is unknown (naming the nearest one), or if the class does not take the settings.
+    Raises: InputError if the name is unknown (naming the nearest one), or the class does not take a setting or value.
     """
-    factory = functools.partial(_find(name), **settings)
-    try:
-        inspect.signature(factory.func).bind(**settings)
-    except TypeError as error:
-        raise InputError(f"environment {name}: {error}") from error
+    make = _find(name)
+    known = parameters_of(make)
+    if any(one.kind is one.VAR_KEYWORD for one in inspect.signature(make).parameters.values()):
+        known = {**dict.fromkeys(settings, Parameter(Any)), **known}
+    factory = functools.partial(make, **arguments(known, settings, "environment"))
     environment = factory()  # even if only the factory is returned, so that wrong settings raise now
     return environment if is_vector(environment) else factory
 
@@ -69,8 +69,8 @@ def _find(name: str) -> Callable[..., Any]:
     require_text("environment.name", name)
     path = ENVIRONMENTS.get(name, name)
     if not path.partition(":")[2]:
-        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
         raise InputError(
-            f"environment: found {shown(name)}, expected a known name, such as {near!r}, or package.module:Class"
+            f"environment: found {shown(name)}, expected package.module:Class or one of {', '.join(ENVIRONMENTS)}"
+            f"{nearest(name, ENVIRONMENTS)}"
         )
     return import_object(path, "environment")

@@ -87,15 +87,22 @@ class TokenBatch(TypedDict):
     environment: NotRequired[dict[str, Tensor]]
 
 
-class WindowRef(NamedTuple):
-    """A reference to one item of a `WindowDataset`; the collator gathers all items of a batch at once."""
+class Item(NamedTuple):
+    """A reference to one item of a data set; the collator gathers all items of a batch at once."""
 
-    dataset: "WindowDataset"
+    dataset: "PackedDataset"
     index: int
 
 
+class PackedDataset(torch.utils.data.Dataset):
+    """The base of data sets that build a whole batch of items at once, with `batch` and `surplus_batch`."""
+
+    def __getitem__(self, index: int) -> Item:
+        return Item(self, int(index))
+
+
 @dataclass(frozen=True, eq=False)
-class WindowDataset(torch.utils.data.Dataset):
+class WindowDataset(PackedDataset):
     """A data set of windows, stored as flat arrays of values and offsets, so that a batch is a few numpy gathers.
 
     Args:
@@ -116,9 +123,6 @@ class WindowDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.flat["input_ids"][1]) - 1
 
-    def __getitem__(self, index: int) -> WindowRef:
-        return WindowRef(self, int(index))
-
     def with_columns(self, **columns: np.ndarray) -> "WindowDataset":
         """Return a copy with further columns, which have one value per step."""
         offsets = self.flat["state"][1]
@@ -128,6 +132,11 @@ class WindowDataset(torch.utils.data.Dataset):
     def lengths(self) -> np.ndarray:
         """The number of tokens of each window, (len(self),)."""
         return np.diff(self.flat["input_ids"][1])
+
+    @property
+    def step_offsets(self) -> np.ndarray:
+        """The index of each window's first step among all N steps, and N at the end, (len(self) + 1,)."""
+        return self.flat["state"][1]
 
     @property
     def action_tokens(self) -> int:
@@ -143,6 +152,11 @@ class WindowDataset(torch.utils.data.Dataset):
     def closing_steps(self) -> np.ndarray:
         """A mask (N,) bool of the data set's N steps, True for those that close a turn and have a target."""
         return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
+
+    @staticmethod
+    def items_in(batch: TokenBatch) -> int:
+        """Return the number of steps of a batch, over which losses are averaged."""
+        return len(batch["steps"]["row"])
 
     def summary(self) -> dict[str, int]:
         return {"windows": len(self), "tokens": self.tokens, "action tokens": self.action_tokens}
@@ -197,6 +211,40 @@ class WindowDataset(torch.utils.data.Dataset):
         for packed in ("steps", "environment")[: 1 + self.replies]:
             batch[packed] = {name: values[:0] for name, values in batch[packed].items()}
         return batch
+
+
+def token_rows(rows: Sequence[Sequence[int]], states: Sequence[Sequence[int]]) -> WindowDataset:
+    """Return a data set of rows of tokens with a step at each of some states, for a model to read.
+
+    Args:
+      rows: token ids of each row.
+      states: the states of each row at which there is a step. Its action is the next token, or 0 at the end of a row.
+    """
+    following = [[*row[1:], 0] for row in rows]
+    actions = [tokens[state] for tokens, places in zip(following, states, strict=True) for state in places]
+    per_step = np.cumsum([0, *map(len, states)])
+    none = np.zeros(len(actions), dtype=np.int64), per_step  # no step has a next state, and no log is cut
+    columns = dict.fromkeys(("next_row_kind", "next_state", "end_row_kind", "end_state"), none) | {
+        "input_ids": (np.concatenate(rows), np.cumsum([0, *map(len, rows)])),
+        "state": (np.concatenate(states), per_step),
+        "action": (np.array(actions), per_step),
+    }
+    return WindowDataset(columns, 0, next_rows=False, end_rows=False)
+
+
+def token_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Cut rows into batches of similar length, which need little padding, the longest first.
+
+    Args:
+      lengths: number of tokens of each row.
+      token_budget: largest number of tokens of a batch, padding included; a longer row is a batch of its own.
+    Returns: the indices of the rows of each batch.
+    """
+    order, start, batches = np.argsort(-lengths, kind="stable"), 0, []
+    while start < len(order):
+        batches.append(order[start : start + max(1, token_budget // lengths[order[start]])])
+        start += len(batches[-1])
+    return batches
 
 
 def pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -286,6 +334,6 @@ def columns_of(windows: Iterable[Window], counts: Counter[str]) -> dict[str, Fla
             lengths[name].append(len(items))
     if len(lengths["input_ids"]) == 1:
         raise InputError(
-            f"training data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})"
+            f"data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})"
         )
     return {name: (np.asarray(values[name]), np.cumsum(np.asarray(lengths[name]))) for name in values}

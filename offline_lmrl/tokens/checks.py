@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from offline_lmrl.logs.forms import REWARD_REMOVED, is_score, likely_scores, reward_hint
+from offline_lmrl.logs.forms import is_score, likely_scores, reward_hint
 from offline_lmrl.logs.io import content_key, group_key, in_one_group
+from offline_lmrl.logs.messages import REWARD_REMOVED
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory, Turn, shown, with_own_token_ids
 from offline_lmrl.tokens.windows import EncodedDialogue, agent_turns
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 _BINS = 10
 _LONGEST = 5
-TEMPLATE_ROWS = 100  # number of rows compared with the stock template, which is slow
 
 
 class LongRow(NamedTuple):
@@ -262,31 +262,10 @@ def _warnings(
             f"{report.truncated} of {report.rows} rows are longer than {max_length} tokens and lose their oldest turns"
         )
     if renderer is not None:
-        faults = Counter(line for trajectory in trajectories for line in renderer.printer.faults_in(trajectory.turns))
+        faults = Counter(line for trajectory in trajectories for line in renderer.check.faults_in(trajectory.turns))
         yield from (f"{n} rows: {line}" for line, n in faults.items())
-        if (difference := first_difference(renderer, [row.turns for row in trajectories])) is not None:
+        if (difference := renderer.check.first_difference([row.turns for row in trajectories])) is not None:
             yield difference
-
-
-def first_difference(renderer: "Renderer", dialogues: Sequence[Sequence[Turn]]) -> str | None:
-    """Compare the text for training with what the tokenizer's own chat template prints.
-
-    Only the first TEMPLATE_ROWS dialogues are compared, because the template is slow.
-
-    Returns: one line with the number of dialogues that differ and the first difference; None if all agree.
-    """
-    found = {
-        number: text
-        for number, turns in enumerate(dialogues[:TEMPLATE_ROWS], 1)
-        if (text := renderer.differences(turns)) is not None
-    }
-    if not found:
-        return None
-    number, text = next(iter(found.items()))
-    return (
-        f"{len(found)} of the first {min(TEMPLATE_ROWS, len(dialogues))} rows: the stock chat template prints "
-        f"them differently from the text for training; row {number}: {text}"
-    )
 
 
 def _can_stitch(trajectories: Sequence[Trajectory]) -> bool:

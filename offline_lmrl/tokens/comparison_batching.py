@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import in_temporary_folder
 from offline_lmrl.logs.parallel import chunks, map_in_order
 from offline_lmrl.logs.trajectory import Trajectory, Turn, with_own_token_ids
-from offline_lmrl.tokens.batching import pad, pick, places_of
+from offline_lmrl.tokens.batching import PackedDataset, pad, pick, places_of
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.windows import EncodedDialogue, WindowRule, agent_turns
 
@@ -55,15 +55,8 @@ class ComparisonBatch(TypedDict):
     strength: Tensor  # (C,) float: by how much the better option is better, `labels["strength"]`; 0 if unknown
 
 
-class ComparisonRef(NamedTuple):
-    """A reference to one item of a `ComparisonDataset`; the collator gathers all items of a batch at once."""
-
-    dataset: "ComparisonDataset"
-    index: int
-
-
 @dataclass(frozen=True, eq=False)
-class ComparisonDataset(torch.utils.data.Dataset):
+class ComparisonDataset(PackedDataset):
     """A data set of comparisons as flat arrays, made by `encode_comparisons` or `encode_scored`.
 
     Its length, and therefore a batch size, counts comparisons.
@@ -96,9 +89,6 @@ class ComparisonDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.weight)
 
-    def __getitem__(self, index: int) -> ComparisonRef:
-        return ComparisonRef(self, int(index))
-
     @property
     def lengths(self) -> np.ndarray:
         """The number of tokens of each comparison's longest row, (len(self),)."""
@@ -108,6 +98,11 @@ class ComparisonDataset(torch.utils.data.Dataset):
     def tokens(self) -> int:
         """The number of tokens in an epoch, over all rows."""
         return len(self.input_ids)
+
+    @staticmethod
+    def items_in(batch: "ComparisonBatch") -> int:
+        """Return the number of comparisons of a batch; those of weight 0, which only fill up a rank, are left out."""
+        return int((batch["weight"] > 0).sum())
 
     def summary(self) -> dict[str, int]:
         return {"comparisons": len(self), "options": len(self.target), "tokens": self.tokens}
@@ -312,7 +307,7 @@ def encode_options(
     Returns: one list of rows per option, or None if an option does not fit.
     """
     dialogues = [EncodedDialogue.of([*context, *option], renderer) for option in options]
-    faults = chain.from_iterable(renderer.printer.faults_in(dialogue.turns) for dialogue in dialogues)
+    faults = chain.from_iterable(renderer.check.faults_in(dialogue.turns) for dialogue in dialogues)
     counts.update([*dict.fromkeys(faults)])  # each fault once per comparison
     cut = _cut_by_turn if by_turn else _cut_as_one_turn
     cuts = cut(dialogues, len(context), window)
@@ -387,7 +382,7 @@ def _row(dialogue: EncodedDialogue, span: _Span, counts: Counter[str]) -> Row:
             ] += 1
             continue
         closing = piece[begin + kept : begin + kept + 1]
-        closes = bool(closing) and (closing == turn.actions[kept:] or dialogue.renderer.is_control(closing[0]))
+        closes = bool(closing) and (closing == turn.actions[kept:] or closing[0] in dialogue.renderer.encoder.controls)
         end = place + begin + kept + closes
         kinds[place + begin : end] = [_ACTION] * (kept + closes)
         kinds[end - 1] = _CLOSING

@@ -128,7 +128,7 @@ class EpisodeEncoder:
           few_shot: ids of the few-shot demonstrations, put after the preamble in every window (tokens/few_shot.py).
         """
         episode = _Episode(self, trajectory, few_shot)
-        counts.update(self.renderer.printer.faults_in(trajectory.turns))
+        counts.update(self.renderer.check.faults_in(trajectory.turns))
         counts[RE_ENCODED] += trajectory.labels.get("tokenizer") != self.renderer.fingerprint and any(
             turn.token_ids is not None for turn in trajectory.turns
         )

@@ -5,8 +5,9 @@ A step is one token that the agent chose. A window is a row of tokens with agent
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.tokens.batching import WindowDataset, columns_of, places_of
 from offline_lmrl.tokens.episodes import EpisodeEncoder, Window
+from offline_lmrl.tokens.windows import Ids
 
 
 @dataclass
@@ -35,25 +37,35 @@ class Experience:
 
     @classmethod
     def of(
-        cls, trajectories: Sequence[Trajectory], encoder: EpisodeEncoder, counts: Counter[str], pad_id: int
+        cls,
+        trajectories: Sequence[Trajectory],
+        encoder: EpisodeEncoder,
+        counts: Counter[str],
+        pad_id: int,
+        *,
+        next_rows: bool = True,
+        few_shot: Iterable[Ids] | None = None,
     ) -> "Experience":
-        """Encode trajectories, without further columns; batches include the rows for V of next states.
+        """Encode trajectories, without further columns.
 
         Args:
           trajectories: the played episodes.
           encoder: the encoder that cuts them into windows.
           counts: a Counter, updated in place: message -> number of dropped turns or other faults.
           pad_id: the id that fills shorter rows of a batch.
+          next_rows: True: a batch includes the rows for V of next states.
+          few_shot: per trajectory, the ids of few-shot demonstrations in its windows (`encode_trajectories`).
         """
         of_window: list[int] = []  # index of each window's trajectory
 
         def numbered() -> Iterator[Window]:
-            for number, trajectory in enumerate(trajectories):
-                for window in encoder.encode(trajectory, counts):
+            shown = repeat(()) if few_shot is None else few_shot
+            for number, (trajectory, ids) in enumerate(zip(trajectories, shown, strict=few_shot is not None)):
+                for window in encoder.encode(trajectory, counts, ids):
                     of_window.append(number)
                     yield window
 
-        windows = WindowDataset(columns_of(numbered(), counts), pad_id, next_rows=True, end_rows=False)
+        windows = WindowDataset(columns_of(numbered(), counts), pad_id, next_rows=next_rows, end_rows=False)
         return cls(windows, np.repeat(of_window, np.diff(windows.flat["state"][1])), len(trajectories))
 
     def column(self, name: str) -> Tensor:

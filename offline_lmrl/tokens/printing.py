@@ -1,4 +1,4 @@
-"""Print turns as text, one by one, as the chat template prints the whole dialogue, and report any difference.
+"""Print turns as text, one by one, as the chat template prints the whole dialogue.
 
 A probe is a unique word in place of a turn's content; what the template prints between probes is what it adds.
 templates.py explains opening, closing, preamble, generation prompt, and the live and past form of an agent's turn. The
@@ -6,8 +6,8 @@ stock template is the tokenizer's own chat template. Control tokens are the adde
 """
 
 import functools
+import itertools
 import json
-import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +17,6 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Turn, leading_system_turns
 from offline_lmrl.tokens.templates import WHITE_SPACE, ChatTemplate, TemplateText, probe
 
-MISMATCH = "dialogues that are rendered differently from what the chat template prints"
 THINK = ("<think>", "</think>")
 
 Form = tuple[tuple[bool, str], ...]  # (is content, text) pairs: opening first, closing last
@@ -37,6 +36,11 @@ class TurnText(NamedTuple):
     as_is: bool = True
     prompt: str | None = None
 
+    @classmethod
+    def of(cls, *form: tuple[bool, str]) -> "TurnText":
+        """Return a turn that has the same form everywhere."""
+        return cls(form, form, form, form)
+
     def opened(self, prompt: str, before: str, usual: Sequence[str]) -> "TurnText":
         """Return this agent turn with another opening, as some templates print it after tool results.
 
@@ -45,19 +49,17 @@ class TurnText(NamedTuple):
           before: the whole text before the agent's words; it usually begins with `prompt`.
           usual: the openings to replace, if a form begins with one of them.
         """
+        between = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        longest_first = sorted(usual, key=len, reverse=True)
 
         def change(form: Form) -> Form:
-            pieces = list(form)
-            for opening in sorted(usual, key=len, reverse=True):
-                text = "".join(piece for _, piece in pieces[:2]) if not pieces[1][0] else pieces[0][1]
-                if text.startswith(opening):
-                    rest = [(False, text.removeprefix(opening)), *pieces[1 if pieces[1][0] else 2 :]]
-                    between = before.removeprefix(prompt) if before.startswith(prompt) else ""
-                    return ((False, before.removesuffix(between)), (False, between), *rest)
-            return form
+            text = form[0][1] + form[1][1]  # the template's text before the agent's words
+            old = next((opening for opening in longest_first if text.startswith(opening)), None)
+            if old is None:
+                return form
+            return (False, before.removesuffix(between)), (False, between), (False, text.removeprefix(old)), *form[2:]
 
-        forms = [change(form) for form in (self.ids, self.loop, self.past, self.after_system)]
-        return TurnText(*forms, self.as_is, prompt)
+        return TurnText(*map(change, self[:4]), self.as_is, prompt)
 
 
 class Block(NamedTuple):
@@ -79,6 +81,12 @@ class Block(NamedTuple):
     strips: tuple[str, str]
     dropped: bool
     follows: tuple[str, str] | None
+
+    def result(self, i: int, content: str) -> TurnText:
+        """Return the text of tool result i."""
+        content = "" if self.dropped else strip(content, self.strips)
+        content = json.dumps(content, ensure_ascii=False)[1:-1] if self.quoted else content
+        return TurnText.of((False, "" if i else self.around[0]), (True, content), (False, self.around[i + 1]))
 
 
 def in_window(
@@ -123,13 +131,10 @@ class Printer:
     def __init__(
         self, text: TemplateText, stock: ChatTemplate | None, appends: bool, controls: set[str], added: Sequence[str]
     ):
-        self.text, self._stock, self._appends = text, stock, appends
+        self.text, self.stock = text, stock
+        self._rewritten = RewrittenTurns(text, stock, appends, controls)
         # If an agent's text contains one of these, the template may do more than print it.
-        self._marks = _any_of({*THINK, *(name for name in added if not name.isspace())})
-        self._typed = re.compile(f"{_any_of(controls - set(THINK)).pattern}|Probe\\d+Word|Held\\d+Word")
-        self._ending = re.compile(f"({_any_of(controls).pattern})\\s*$")
-        self._printed_turn = functools.lru_cache(maxsize=1 << 12)(self._print_turn)
-        self._printed_block = functools.lru_cache(maxsize=1 << 12)(self._print_block)
+        self._marks = any_of({*THINK, *(name for name in added if not name.isspace())})
 
     def speaks_as_user(self, turn: Turn) -> bool:
         """True if the turn is printed as a user's."""
@@ -137,7 +142,7 @@ class Printer:
 
     def preamble(self, turns: Sequence[Turn]) -> str:
         """Return the text before the first turn, with the template's default system text if the turns have none."""
-        if turns and turns[0].tools is not None and self._with_tools(turns[0]) is not None:
+        if turns and turns[0].tools is not None and self._rewritten.with_tools(turns[0]) is not None:
             return ""  # the system turn contains the preamble
         return self.text.preamble["system" if turns and turns[0].role == "system" else "default"]
 
@@ -156,9 +161,9 @@ class Printer:
         Args:
           prompt: True: the generation prompt will follow, so that an agent turn at the end is not in its live form.
         """
-        texts = self.texts(turns)
+        texts = [text._asdict() for text in self.texts(turns)]
         window = in_window(turns, self.speaks_as_user, 0, len(turns), live=not prompt)
-        forms = [(turns[i].role, getattr(texts[i], name)) for i, name in window]
+        forms = [(turns[i].role, texts[i][name]) for i, name in window]
         if not prompt and self.speaks_as_user(turns[-1]):
             role, form = forms[-1]
             forms[-1] = role, (*form[:-1], (False, self.text.user_last))
@@ -177,174 +182,24 @@ class Printer:
         own = self.own_prompt(turns)
         return ours + before + (self.text.prompt if own is None else own)
 
-    # Differences from the stock template.
-
-    @functools.cached_property
-    def mismatches(self) -> dict[str, str]:
-        """Map each kind of dialogue that is printed differently from the stock template to one line on the difference.
-
-        The kinds are "plain" (user and agent alone), "system", "thoughts" and "tools", named after what such a
-        dialogue contains. They are found on the test dialogues of `cells`, whose texts are compared, but not tokens. A
-        kind without a difference is missing.
-        """
-        found: dict[str, str] = {}
-        for kind, name, turns, prompt in cells():
-            if kind not in found:
-                difference = self.differences(turns, prompt)
-                if difference is not None:
-                    found[kind] = f"{name}: {difference}"
-        return found
-
-    @property
-    def prompt_mismatch(self) -> str | None:
-        """A line on the generation prompt if the live form of agent turns does not begin with it; None if it does.
-
-        With such a prompt, training on logs does not cover the state in which an inference engine begins a reply.
-        """
-        if self.text.live[0].startswith(self.text.prompt):
-            return None
-        return (
-            f"the generation prompt ends with {self.text.prompt[-20:]!r}, but a finished turn of the agent begins "
-            f"with {self.text.live[0][-20:]!r}"
-        )
-
-    def _is_unusual(self, turns: Sequence[Turn]) -> bool:
-        """True if the dialogue contains something of which the test dialogues (`cells`) lack some combinations."""
-        roles = ["user" if self.speaks_as_user(turn) else turn.role for turn in turns]
-        apart = any(
-            turn.thinking
-            or turn.tool_calls
-            or turn.tools
-            or turn.role == "tool"
-            or "</think>" in turn.content
-            or (turn.role == "system" and not turn.content)
-            for turn in turns
-        )
-        return apart or "system" in roles[1:] or any(map(operator.eq, roles, roles[1:]))
-
-    def _begins_at_prompt(self, text: TurnText) -> bool:
-        prompt = self.text.prompt if text.prompt is None else text.prompt
-        return "".join(piece for _, piece in text.ids).startswith(prompt)
-
-    @functools.cached_property
-    def unprinted(self) -> frozenset[str]:
-        """The kinds of text that are never printed: "thoughts", "tool calls", "tool results", "lists of tools"."""
-        user, thought, call = (
-            Turn("user", _word(0)),
-            Turn("assistant", "So", thinking=_word(1)),
-            Turn("assistant", "", tool_calls=json.dumps(_CALLS)),
-        )
-        answer = Turn("tool", _word(2), name="look_up", tool_call_id="call00000")
-        shown = {
-            "thoughts": ([user, thought], _word(1)),
-            "tool calls": ([user, call], "look_up"),
-            "tool results": ([user, call, answer, thought], _word(2)),
-            "lists of tools": ([Turn("system", "", tools=json.dumps(_TOOLS)), user], "look_up"),
-        }
-        return frozenset(name for name, (turns, word) in shown.items() if word not in self.printed(turns))
-
-    def faults_in(self, turns: Sequence[Turn]) -> list[str]:
-        """Return one line for each fault in how a dialogue is printed.
-
-        Faults are parts that are not printed at all, differences from the stock template (their lines begin with
-        MISMATCH), and agent turns that do not begin with the generation prompt.
-        """
-        held = {
-            "thoughts": any(turn.thinking for turn in turns),
-            "tool calls": any(turn.tool_calls for turn in turns),
-            "tool results": any(turn.role == "tool" for turn in turns),
-            "lists of tools": any(turn.tools for turn in turns),
-        }
-        lines = [f"{name} that the chat template does not print" for name in sorted(self.unprinted) if held[name]]
-        if self.mismatches:
-            kinds = {
-                "plain": True,
-                "system": any(turn.role == "system" and turn.content for turn in turns),
-                "thoughts": held["thoughts"] or any("</think>" in turn.content for turn in turns),
-                "tools": held["tool calls"] or held["tool results"] or held["lists of tools"],
-            }
-            lines += [f"{MISMATCH} ({text})" for kind, text in self.mismatches.items() if kinds[kind]]
-        if self._is_unusual(turns):
-            prompt = turns[-1].role != "assistant"
-            named = any(line.startswith(MISMATCH) for line in lines)
-            if not named and self.differences(turns, prompt) is not None:
-                lines.append(f"{MISMATCH} (in their tools, thoughts, or order of turns; `check` shows where)")
-            agent = [text for turn, text in zip(turns, self.texts(turns), strict=True) if turn.role == "assistant"]
-            if self.prompt_mismatch is None and not all(map(self._begins_at_prompt, agent)):
-                lines.append("replies that do not begin with the generation prompt, which opens a thought")
-        if self.prompt_mismatch is not None:
-            lines.append(f"template: {self.prompt_mismatch}")
-        return lines
-
-    def differences(self, turns: Sequence[Turn], prompt: bool) -> str | None:
-        """Compare the text of a dialogue with what the stock template prints.
-
-        Args:
-          prompt: True: with the generation prompt.
-        Returns: one line on the first difference; None if there is none, or no stock template.
-        """
-        if self._stock is None:
-            return None
-        try:
-            stock = self.stock(turns, prompt)
-        except InputError as error:
-            return f"the template refuses this dialogue: {error.__cause__ or error}"
-        ours = self.printed([unsampled(turn) for turn in turns], prompt)
-        if stock == ours:
-            return None
-        i = first_difference(stock, ours)
-        return (
-            f"character {i}: the template prints {_shown(stock, i)}, but the text for training has {_shown(ours, i)}"
-        )
-
-    def stock(self, turns: Sequence[Turn], prompt: bool) -> str:
-        """Return the text that the stock template prints for a dialogue.
-
-        Args:
-          prompt: True: with the generation prompt.
-        Raises: InputError if the template refuses the dialogue.
-        """
-        return self._stock.turns(
-            [
-                replace(turn, role="user") if turn.role == "environment" and self.speaks_as_user(turn) else turn
-                for turn in map(unsampled, turns)
-            ],
-            prompt,
-        )
-
-    @functools.cached_property
-    def probes(self) -> list[str] | None:
-        """The stock template's text for each test dialogue of `cells`; None for the plain template."""
-        if self._stock is None:
-            return None
-        printed = []
-        for _, _, turns, prompt in cells():
-            try:
-                printed.append(self._stock.turns(turns, prompt))
-            except InputError:
-                printed.append("refused")
-        return printed
-
-    # Conversion of turns to text.
-
     def texts(self, turns: Sequence[Turn]) -> list[TurnText]:
+        """Return every turn of a dialogue, or of a part of one, as text."""
         texts: list[TurnText] = []
-        opened: tuple[str, str] | None = None  # for an agent's turn after tools: prompt, text before the words
+        follows: tuple[str, str] | None = None  # as `Block.follows`
         head = leading_system_turns(turns)
-        holds_tools = head > 0 and turns[head - 1].tools is not None
+        holds_tools = self.stock is not None and head > 0 and turns[head - 1].tools is not None
         while len(texts) < len(turns):
-            start = len(texts)
-            stop = start + 1
-            while turns[start].role == "assistant" and stop < len(turns) and turns[stop].role == "tool":
-                stop += 1
-            block, follows = self._block(turns[start], turns[start + 1 : stop])
-            if opened is not None and turns[start].role == "assistant":
-                block[0] = block[0].opened(*opened, (self.text.prompt, self.text.live[0], self.text.past[0]))
-            if holds_tools and self.speaks_as_user(turns[start]) and self._stock is not None:
+            turn, tools = turns[len(texts)], []
+            if turn.role == "assistant":
+                tools = list(itertools.takewhile(lambda after: after.role == "tool", turns[len(texts) + 1 :]))
+            (text, *results), coming = self._block(turn, tools)
+            if follows is not None and turn.role == "assistant":
+                text = text.opened(*follows, (self.text.prompt, self.text.live[0], self.text.past[0]))
+            if holds_tools and self.speaks_as_user(turn):
                 # Templates may print the list of tools inside the first user turn. The system turn's form then
                 # contains the opening of that user turn.
-                block[0] = block[0]._replace(after_system=((False, ""), *block[0].ids[1:]))
-            texts, opened = texts + block, follows
+                text = text._replace(after_system=((False, ""), *text.ids[1:]))
+            texts, follows = [*texts, text, *results], coming
         return texts
 
     def _block(self, turn: Turn, tools: Sequence[Turn]) -> tuple[list[TurnText], tuple[str, str] | None]:
@@ -356,109 +211,144 @@ class Printer:
         Returns: the texts of all these turns; and how an agent's turn directly after them begins, as
           `Block.follows` describes it.
         """
-        block = None
-        if tools and self._stock is not None:
+        if tools:
             answers = tuple(replace(tool, content=probe(10 + i)) for i, tool in enumerate(tools))
-            block = self._printed_block(unsampled(turn), answers)
-        if block is None:
-            alone = self._agent(turn) if turn.role == "assistant" else self._other(turn)
-            return [alone, *map(self._other, tools)], None
-        texts = [block.agent]
-        for i, tool in enumerate(tools):
-            content = _strip(tool.content, block.strips)
-            content = json.dumps(content, ensure_ascii=False)[1:-1] if block.quoted else content
-            content = "" if block.dropped else content
-            form = (False, block.around[0] if i == 0 else ""), (True, content), (False, block.around[i + 1])
-            texts.append(TurnText(form, form, form, form))
-        return texts, block.follows
+            block = self._rewritten.block(unsampled(turn), answers)
+            if block is not None:
+                return [block.agent, *(block.result(i, tool.content) for i, tool in enumerate(tools))], block.follows
+        alone = self._agent(turn) if turn.role == "assistant" else self._other(turn)
+        return [alone, *map(self._other, tools)], None
 
     def _other(self, turn: Turn) -> TurnText:
         """Return the text of a turn that is not the agent's."""
-        text, content = self.text, _strip(turn.content, self.text.strips.get(turn.role, ("", "")))
+        text, content = self.text, strip(turn.content, self.text.strips.get(turn.role, ("", "")))
         if turn.tools is not None:
-            form = self._with_tools(turn)
+            form = self._rewritten.with_tools(turn)
             if form is not None:
-                last, opening = form[-2][1], self.text.opening["user"]
+                last, opening = form[-2][1], text.opening["user"]
                 # Some templates print the tools inside the user's turn. If another speaker follows, that turn must be
                 # closed first.
-                closed = last.removesuffix(opening) if last.endswith(opening) else last + self.text.closing["user"]
-                bare = (*form[:-2], (False, closed), form[-1])
-                return TurnText(bare, bare, form, bare)
-            content = f"{content}\n{turn.tools}" if content else turn.tools
+                closed = last.removesuffix(opening) if last.endswith(opening) else last + text.closing["user"]
+                return TurnText.of(*form[:-2], (False, closed), form[-1])._replace(past=form)
+            content = _on_lines(content, turn.tools)
         closing = False, text.closing[turn.role]
-        form = (False, text.opening[turn.role]), (True, text.lead[turn.role] + content), closing
-        if not self.speaks_as_user(turn) or text.user_after_system == text.opening["user"] + text.lead["user"]:
-            return TurnText(form, form, form, form)
-        return TurnText(form, form, form, ((False, text.user_after_system), (True, content), closing))
+        printed = TurnText.of((False, text.opening[turn.role]), (True, text.lead[turn.role] + content), closing)
+        if self.speaks_as_user(turn) and text.user_after_system != text.user_opening:
+            return printed._replace(after_system=((False, text.user_after_system), (True, content), closing))
+        return printed
 
     def _agent(self, turn: Turn) -> TurnText:
         text, content = self.text, turn.content
-        if self._stock is not None:
-            apart = turn.thinking is not None or turn.tool_calls is not None
-            if apart or not content or content != content.strip() or self._marks.search(content):
-                printed = self._printed_turn(unsampled(turn))
-                if printed is not None:
-                    return printed
-        if turn.tool_calls is not None:
-            content = f"{content}\n{turn.tool_calls}" if content else turn.tool_calls
+        apart = turn.thinking is not None or turn.tool_calls is not None
+        if apart or not content or content != content.strip() or self._marks.search(content):
+            printed = self._rewritten.agent(unsampled(turn))
+            if printed is not None:
+                return printed
+        content = content if turn.tool_calls is None else _on_lines(content, turn.tool_calls)
         live, past = (self._agent_form(*around, content) for around in (text.live, text.past))
         return TurnText(live, past, past, past)
 
     def _agent_form(self, before: str, after: str, content: str) -> Form:
-        fixed, lead = self.before_content(before)
+        fixed, lead = self.text.before_content(before)
         return (False, before.removesuffix(fixed + lead)), (False, fixed), (True, lead + content), (False, after)
 
-    def before_content(self, before: str) -> tuple[str, str]:
-        """Split the text between the generation prompt and the agent's words.
 
-        Returns: the template's own text, and the white space after it, which is tokenised together with the words.
-        """
-        between = before.removeprefix(self.text.prompt) if before.startswith(self.text.prompt) else ""
-        lead = between if between.isspace() else " " if between.endswith(" ") else ""
-        return between.removesuffix(lead), lead
+class RewrittenTurns:
+    """Turns whose text the stock template rewrites, each printed by it in a dialogue whose other turns are probes.
 
-    @property
-    def _user_opening(self) -> str:
-        return self.text.opening["user"] + self.text.lead["user"]
+    The methods return None if the template refuses such a dialogue, or prints it in a way that cannot be split into
+    turns, and always if there is no stock template. The arguments are those of `Printer`.
+    """
 
-    def _with_tools(self, turn: Turn) -> Form | None:
-        """Return the printed text of a leading system turn with tools, from the preamble to the next user's opening.
+    def __init__(self, text: TemplateText, stock: ChatTemplate | None, appends: bool, controls: set[str]):
+        self.text, self._stock, self._appends = text, stock, appends
+        self._typed = re.compile(f"{any_of(controls - set(THINK)).pattern}|Probe\\d+Word|Held\\d+Word")
+        self._ending = re.compile(f"({any_of(controls).pattern})\\s*$")
+        self.agent = functools.lru_cache(maxsize=1 << 12)(self._agent)
+        self.block = functools.lru_cache(maxsize=1 << 12)(self._block)
 
-        Returns: the text as a form; None if the template refuses the dialogue or loses a probe, or if there is no
-          stock template.
-        """
-        if self._stock is None:
-            return None
+    def with_tools(self, turn: Turn) -> Form | None:
+        """Return the text of a leading system turn with tools, from the preamble to the next user's opening."""
         turn, names = self._held(turn)
-        pieces = self._stock.around([turn, Turn("user", probe(0)), Turn("assistant", probe(1))])
-        return None if pieces is None else self._segments(pieces[0].removesuffix(self.text.lead["user"]), "", names)
+        pieces = self._around([turn, _USER, Turn("assistant", probe(1))])
+        return None if pieces is None else _segments(pieces[0].removesuffix(self.text.lead["user"]), "", names)
 
-    def _print_turn(self, turn: Turn) -> TurnText | None:
-        """Return an agent's turn as the stock template prints it in a dialogue whose other turns are probes.
-
-        Returns: the turn in all forms; None if the template refuses the dialogue or loses a probe.
-        """
+    def _agent(self, turn: Turn) -> TurnText | None:
+        """Return an agent's turn without tool results after it."""
         turn, names = self._held(turn)
-        printed = self._print_forms(turn)
+        printed = self._live_and_past(turn)
         if printed is None:
             return None
-        live, past = (self._segments(*form, names, self.text.prompt) for form in printed)
+        live, past = (_segments(*form, names, self.text.prompt) for form in printed)
         return TurnText(live, past, past, past, as_is=False)
 
-    def _print_forms(self, turn: Turn) -> tuple[tuple[str, str], tuple[str, str]] | None:
+    def _block(self, turn: Turn, tools: tuple[Turn, ...]) -> Block | None:
+        """Return an agent's turn and the text around the tool results that answer it.
+
+        Args:
+          tools: the tool turns, whose contents are probes.
+        """
+        turn, names = self._held(turn)
+        forms = self._live_and_past(turn)
+        if forms is None:
+            return None
+        (body, closing), (past_body, past_closing) = forms
+        later = Turn("assistant", probe(1)), Turn("user", probe(2))
+        prompted, past = (self._around([_USER, turn, *tools, *more], prompt=True) for more in ((), later))
+        dropped = prompted is None and self._drops(turn, tools)
+        if dropped:
+            prompted, past = (self._around([_USER, turn, *more], prompt=True) for more in ((), later))
+        if prompted is None or past is None:
+            return None
+        printed, printed_past = (pieces[1].removeprefix(self.text.closing["user"]) for pieces in (prompted, past))
+        # Before tool results, the template may print the agent's turn in its live or in its past form.
+        loop_body = next((text for text in (body, past_body) if printed.startswith(text)), None)
+        if loop_body is None:
+            return None
+        rest = printed.removeprefix(loop_body)
+        loop_closing = next((text for text in (closing, past_closing) if rest.startswith(text)), "")
+        opening = rest.removeprefix(loop_closing)  # of the first result
+        if dropped:
+            # Without results, the text after the turn must be the prompt, or nothing.
+            if opening not in ("", self.text.prompt):
+                return None
+            usual, opening, around = opening == self.text.prompt, "", [""] * (len(tools) + 1)
+        else:
+            around = [opening, *prompted[2:]]
+            usual = around[-1].endswith(self.text.prompt)
+            around[-1] = around[-1].removesuffix(self.text.prompt)
+        # Without a generation prompt after the results, past[-3] is the text from the last result to the next words.
+        follows = None if usual else ("", past[-3].removeprefix(around[-1]))
+        after = loop_closing + opening
+        if self._appends or dropped or not printed_past.endswith(after):
+            past_body = loop_body
+        else:
+            past_body = printed_past.removesuffix(after)
+        live, loop, past_form = (
+            _segments(*form, names, self.text.prompt)
+            for form in ((body, closing), (loop_body, loop_closing), (past_body, loop_closing))
+        )
+        agent = TurnText(live, loop, past_form, past_form, as_is=False)
+        quoted = not dropped and self._quotes(turn, tools[0])
+        strips = ("", "") if dropped or quoted else self._stock.lost_space([_USER, turn, tools[0]], 2, prompt=True)
+        return Block(agent, around, quoted, strips, dropped, follows)
+
+    def _around(self, turns: Sequence[Turn], prompt: bool = False) -> list[str] | None:
+        return None if self._stock is None else self._stock.around(turns, prompt)
+
+    def _live_and_past(self, turn: Turn) -> tuple[tuple[str, str], tuple[str, str]] | None:
         """Return (text up to the closing, closing) of an agent's turn, in the live and in the past form.
 
-        If the template refuses a later turn, the past form is the live form. None if it refuses the turn itself.
+        If the template refuses a later turn, the past form is the live form.
         """
-        user, later = Turn("user", probe(0)), (Turn("user", probe(1)), Turn("assistant", probe(2)))
-        live = self._stock.around([user, turn])
+        live = self._around([_USER, turn])
         if live is None:
             return None
         body, closing = self._split(live[1].removeprefix(self.text.closing["user"]), self.text.live[1])
-        past = self._stock.around([user, turn, *later])
+        past = self._around([_USER, turn, Turn("user", probe(1)), Turn("assistant", probe(2))])
         if past is None:
             return (body, closing), (body, closing)
-        printed = past[1].removeprefix(self.text.closing["user"]).removesuffix(self._user_opening)
+        printed = past[1].removeprefix(self.text.closing["user"]).removesuffix(self.text.user_opening)
         past_body, past_closing = self._split(printed, self.text.past[1])
         return (body, closing), (body if self._appends else past_body, past_closing)
 
@@ -469,92 +359,17 @@ class Printer:
             closing = "" if ending is None else text[ending.start() :]
         return text.removesuffix(closing), closing
 
-    def _print_block(self, turn: Turn, tools: tuple[Turn, ...]) -> "Block | None":
-        """Let the stock template print an agent's turn and the tool results that answer it, and split what it prints.
-
-        Args:
-          tools: the tool turns, whose contents are probes.
-        Returns: None if the template refuses the dialogue, or prints it in a way that cannot be split into turns.
-        """
-        turn, names = self._held(turn)
-        user, later = Turn("user", probe(0)), (Turn("assistant", probe(1)), Turn("user", probe(2)))
-        forms = self._print_forms(turn)
-        prompted = self._stock.around([user, turn, *tools], prompt=True)
-        past = self._stock.around([user, turn, *tools, *later], prompt=True)
-        dropped = prompted is None and self._drops(turn, tools)
-        if dropped:
-            prompted = self._stock.around([user, turn], prompt=True)
-            past = self._stock.around([user, turn, *later], prompt=True)
-        if forms is None or prompted is None or past is None:
-            return None
-        (body, closing), (past_body, past_closing) = forms
-        printed, printed_past = (pieces[1].removeprefix(self.text.closing["user"]) for pieces in (prompted, past))
-        # Before tool results, the template may print the agent's turn in its live or in its past form.
-        loop_body = next((text for text in (body, past_body) if printed.startswith(text)), None)
-        if loop_body is None:
-            return None
-        rest = printed.removeprefix(loop_body)
-        loop_closing = next((text for text in (closing, past_closing) if rest.startswith(text)), "")
-        opening = rest.removeprefix(loop_closing)
-        around = ["" if dropped else opening, *prompted[2:]]
-        usual = around[-1].endswith(self.text.prompt)
-        if dropped:
-            # Without results, the text after the turn must be the prompt, or nothing.
-            usual, around = opening == self.text.prompt, [""] * (len(tools) + 1)
-            if not usual and opening:
-                return None
-            opening = ""
-        elif usual:
-            around[-1] = around[-1].removesuffix(self.text.prompt)
-        follows = None
-        if not usual:
-            # Without a generation prompt after the results, past[-3] is the text from the last result to the next
-            # words.
-            follows = "", past[-3].removeprefix(around[-1])
-        after = loop_closing + opening
-        if self._appends or dropped or not printed_past.endswith(after):
-            past_body = loop_body
-        else:
-            past_body = printed_past.removesuffix(after)
-        live, loop, past_form = (
-            self._segments(*form, names, self.text.prompt)
-            for form in ((body, closing), (loop_body, loop_closing), (past_body, loop_closing))
-        )
-        agent = TurnText(live, loop, past_form, past_form, as_is=False)
-        quoted, strips = (False, ("", "")) if dropped else self._changed_results(turn, tools[0])
-        return Block(agent, around, quoted, strips, dropped, follows)
-
     def _drops(self, turn: Turn, tools: Sequence[Turn]) -> bool:
         """True if the template prints nothing for tool results."""
-        user = Turn("user", probe(0))
         try:
-            return self._stock.turns([user, turn, *tools], True) == self._stock.turns([user, turn], True)
+            return self._stock.turns([_USER, turn, *tools], True) == self._stock.turns([_USER, turn], True)
         except InputError:
             return False
 
-    def _changed_results(self, turn: Turn, tool: Turn) -> tuple[bool, tuple[str, str]]:
-        """Find out how the template changes the content of a tool's result.
-
-        Args:
-          turn: the agent's turn with the call.
-          tool: the result, whose content is a probe.
-        Returns: True if the content is printed as a JSON string; and a pair of the white-space characters that the
-          content loses on the left, and on the right.
-        """
-        user, word = Turn("user", probe(0)), tool.content
-        plain = self._stock.turns([user, turn, tool], True)
-
-        def lost(text: str) -> bool:
-            edged = replace(tool, content=text)
-            return self._stock.turns([user, turn, edged], True) != plain.replace(word, text)
-
-        quoted = json.dumps(f'"{word}"')[1:-1] in self._stock.turns([user, turn, replace(tool, content=f'"{word}"')])
-        if quoted:
-            return True, ("", "")
-        return False, (
-            "".join(space for space in WHITE_SPACE if lost(space + word)),
-            "".join(space for space in WHITE_SPACE if lost(word + space)),
-        )
+    def _quotes(self, turn: Turn, tool: Turn) -> bool:
+        """True if the template prints the content of a tool's result, which is a probe, as a JSON string."""
+        text = f'"{tool.content}"'
+        return json.dumps(text)[1:-1] in self._stock.turns([_USER, turn, replace(tool, content=text)])
 
     def _held(self, turn: Turn) -> tuple[Turn, list[str]]:
         """Replace control tokens and probe words that are typed in a turn by placeholders such as Held0Word.
@@ -569,45 +384,44 @@ class Printer:
             names.append(match.group())
             return f"Held{len(names) - 1}Word"
 
-        fields = {
-            name: self._typed.sub(hold, getattr(turn, name))
-            for name in ("content", "thinking", "tool_calls", "tools")
-            if getattr(turn, name)
-        }
-        return replace(turn, **fields), names
-
-    def _segments(self, text: str, closing: str, names: Sequence[str], opening: str = "") -> Form:
-        """Convert text that the template printed to a form, in which typed control tokens count as content.
-
-        Args:
-          text: the printed text, with placeholders such as Held0Word.
-          closing: the text after it, which becomes the closing.
-          names: the texts that the placeholders replace (`_held`).
-          opening: becomes the opening, if `text` begins with it.
-        """
-        opening = opening if text.startswith(opening) else ""
-        pieces = _HELD.split(text.removeprefix(opening))
-        inner = [(i % 2 == 1, names[int(piece)] if i % 2 else piece) for i, piece in enumerate(pieces)]
-        return (False, opening), *inner, (False, closing)
+        typed = {name: text for name, text in vars(turn).items() if text and name in _TYPED_FIELDS}
+        return replace(turn, **{name: self._typed.sub(hold, text) for name, text in typed.items()}), names
 
 
+_TYPED_FIELDS = ("content", "thinking", "tool_calls", "tools")
+_USER = Turn("user", probe(0))
 _HELD = re.compile(r"Held(\d+)Word")
 
 
-def _any_of(texts: set[str]) -> re.Pattern:
+def _segments(text: str, closing: str, names: Sequence[str], opening: str = "") -> Form:
+    """Convert text that the template printed to a form, in which typed control tokens count as content.
+
+    Args:
+      text: the printed text, with placeholders such as Held0Word.
+      closing: the text after it, which becomes the closing.
+      names: the texts that the placeholders replace (`RewrittenTurns._held`).
+      opening: becomes the opening, if `text` begins with it.
+    """
+    opening = opening if text.startswith(opening) else ""
+    pieces = _HELD.split(text.removeprefix(opening))
+    inner = [(i % 2 == 1, names[int(piece)] if i % 2 else piece) for i, piece in enumerate(pieces)]
+    return (False, opening), *inner, (False, closing)
+
+
+def any_of(texts: set[str]) -> re.Pattern:
     """Return a pattern that matches any of these texts, trying the longest first."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-def _strip(text: str, sides: tuple[str, str]) -> str:
-    left, right = sides
-    if set(left) >= set(WHITE_SPACE):  # assume that the template uses strip(), which also removes Unicode spaces
-        text = text.lstrip()
-    elif left:
-        text = text.lstrip(left)
-    if set(right) >= set(WHITE_SPACE):
-        return text.rstrip()
-    return text.rstrip(right) if right else text
+def strip(text: str, sides: tuple[str, str]) -> str:
+    """Remove white-space characters on the left and on the right of a text."""
+    # If all of them are removed, assume that the template uses strip(), which also removes Unicode spaces.
+    left, right = (None if set(side) >= set(WHITE_SPACE) else side for side in sides)
+    return text.lstrip(left).rstrip(right)
+
+
+def _on_lines(content: str, data: str) -> str:
+    return f"{content}\n{data}" if content else data
 
 
 def unsampled(turn: Turn) -> Turn:
@@ -615,80 +429,3 @@ def unsampled(turn: Turn) -> Turn:
     if turn.role == "assistant" or turn.token_ids is not None:
         return replace(turn, trainable=None, reward=None, token_ids=None, behaviour_log_prob=None)
     return turn
-
-
-_CALLS = [{"id": "call00000", "type": "function", "function": {"name": "look_up", "arguments": {"key": "Key"}}}]
-_TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "look_up",
-            "description": "Look something up.",
-            "parameters": {
-                "type": "object",
-                "properties": {"key": {"type": "string", "description": "What."}},
-                "required": ["key"],
-            },
-        },
-    }
-]
-
-
-@functools.cache
-def cells() -> tuple[tuple[str, str, tuple[Turn, ...], bool], ...]:
-    """Return the test dialogues on which a `Printer` is compared with the stock template.
-
-    The fingerprint of a renderer covers the texts printed for them, so a change here must raise SCHEME (rendering.py).
-
-    Returns: for each dialogue, its kind (one of those that `Printer.mismatches` lists), its name, its turns, and True
-      if the generation prompt is added.
-    """
-    user, agent, more, again = (Turn(role, _word(i)) for i, role in enumerate(("user", "assistant") * 2))
-    third, system = Turn("user", _word(4)), Turn("system", _word(5))
-    thought, inline = replace(agent, thinking=_word(6)), replace(agent, content=f"<think>\n{_word(6)}\n</think>\n\nSo")
-    call = replace(agent, content="", tool_calls=json.dumps(_CALLS))
-    answer = Turn("tool", _word(7), name="look_up", tool_call_id="call00000")
-    tools = Turn("system", "", tools=json.dumps(_TOOLS))
-    dialogues: list[tuple[str, str, list[Turn]]] = [
-        ("plain", "one turn", [user]),
-        ("plain", "two turns", [user, agent]),
-        ("plain", "three turns", [user, agent, more]),
-        ("plain", "four turns", [user, agent, more, again]),
-        ("thoughts", "a thought", [user, thought]),
-        ("thoughts", "a thought in an earlier turn", [user, thought, more]),
-        ("thoughts", "a thought in an earlier turn", [user, thought, more, again]),
-        ("thoughts", "a thought in the text", [user, inline]),
-        ("thoughts", "a thought in an earlier text", [user, inline, more]),
-        ("tools", "a tool call", [user, call]),
-        ("tools", "a tool call and its result", [user, call, answer]),
-        ("tools", "a tool call, its result and a reply", [user, call, answer, again]),
-        ("tools", "a tool call in an earlier turn", [user, call, answer, again, third]),
-        ("tools", "a thought, a tool call and its result", [user, replace(call, thinking=_word(6)), answer]),
-        ("tools", "a list of tools", [tools, user]),
-    ]
-    dialogues += [
-        ("system" if kind == "plain" else kind, f"a system turn, {name}", [system, *turns])
-        for kind, name, turns in dialogues
-        if turns[0] is not tools
-    ]
-    dialogues.append(("tools", "a system turn and a list of tools", [replace(tools, content=_word(5)), user]))
-    prompts = {"user": (True, False), "tool": (True,), "assistant": (False,)}
-    return tuple(
-        (kind, name + " and the prompt" * prompt, tuple(turns), prompt)
-        for kind, name, turns in dialogues
-        for prompt in prompts[turns[-1].role]
-    )
-
-
-def _word(i: int) -> str:
-    return f"Text{i}Here"
-
-
-def first_difference(first: Sequence, second: Sequence) -> int:
-    """Return the first index at which two sequences differ; if one begins the other, the length of the shorter."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _shown(text: str, i: int) -> str:
-    return repr(text[max(i - 10, 0) : i + 30])

@@ -16,9 +16,8 @@ it. The *past* form is printed once the dialogue continues; it may lack a though
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +68,27 @@ class TemplateText:
     parts: bool = False
     date: str = ""
 
+    @property
+    def printed(self) -> list[str]:
+        """All texts that are printed around turns."""
+        around = (self.preamble, self.opening, self.closing)
+        return [*(text for texts in around for text in texts.values()), self.prompt, *self.live, *self.past]
+
+    @property
+    def user_opening(self) -> str:
+        return self.opening["user"] + self.lead["user"]
+
+    def before_content(self, before: str) -> tuple[str, str]:
+        """Split the text between the generation prompt and the agent's words.
+
+        Args:
+          before: the text before the agent's words, as in `live` and `past`.
+        Returns: the template's own text, and the white space after it, which is tokenised together with the words.
+        """
+        between = before.removeprefix(self.prompt) if before.startswith(self.prompt) else ""
+        lead = between if between.isspace() else " " if between.endswith(" ") else ""
+        return between.removesuffix(lead), lead
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return json.loads(json.dumps(asdict(self)))
@@ -111,10 +131,9 @@ def appended_only(text: TemplateText) -> TemplateText:
     If the past form does not begin with the generation prompt (for example, because the prompt opens a thought), the
     prompt is replaced by the opening of the past form.
     """
-    before, after = text.past
+    before = text.past[0]
     prompt = text.prompt if before.startswith(text.prompt) else before.rstrip(" ")
-    values = text.to_dict() | {"prompt": prompt, "live": [before, text.live[1]], "past": [before, after]}
-    return TemplateText.from_dict(values)
+    return replace(text, prompt=prompt, live=(before, text.live[1]))
 
 
 class ChatTemplate:
@@ -122,43 +141,14 @@ class ChatTemplate:
 
     Args:
       tokenizer: the tokenizer that holds the template.
-      tokens: the texts of the tokenizer's added tokens, which `shared_prefix` and `shared_suffix` never cut.
       date: the day, YYYY-MM-DD, that a template prints as today's date; "" = the real date.
       parts: True: pass content to the template as a list of parts ({"type": "text", "text": content}).
     """
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str], date: str = "", parts: bool = False
-    ):
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", date: str = "", parts: bool = False):
         self.tokenizer, self.date, self.parts = tokenizer, date, parts
-        longest_first = sorted(tokens, key=len, reverse=True)
+        longest_first = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._unit = re.compile("|".join([*map(re.escape, longest_first), "."]), flags=re.DOTALL)
-
-    def messages(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False, tools: Any = None) -> str:
-        """Return the text that the template prints for messages.
-
-        Args:
-          messages: dicts with "role", "content" and whatever else the template reads.
-          prompt: True: add the generation prompt.
-          tools: a list of tool schemas; None = no tools.
-        Raises: InputError, with the template's own message, if the template refuses the dialogue.
-        """
-        chat = [dict(message) for message in messages]
-        if self.parts:
-            for message in chat:
-                message["content"] = [{"type": "text", "text": message["content"]}]
-        try:
-            source = self.tokenizer.get_chat_template(tools=tools)
-            if self.date:
-                source = _CLOCK.sub(lambda match: repr(self._day.strftime(match.group(2))), source)
-            with time_limit(_SECONDS, "chat template"):
-                return self.tokenizer.apply_chat_template(
-                    chat, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompt
-                )
-        except InputError:
-            raise
-        except Exception as error:  # a template is third-party code and may raise anything
-            raise InputError(f"chat template: {str(error) or type(error).__name__}") from error
 
     def turns(self, turns: Sequence[Turn], prompt: bool = False) -> str:
         """Return the text that the template prints for turns, with their tool calls, thoughts and tools.
@@ -171,16 +161,32 @@ class ChatTemplate:
         """
         tools = next((json.loads(turn.tools) for turn in turns if turn.tools), None)
         messages = [message_of(turn) for turn in turns if turn.content or not turn.tools]
+        if self.parts:
+            for message in messages:
+                message["content"] = [{"type": "text", "text": message["content"]}]
         try:
-            return self.messages(messages, prompt, tools)
+            return self._printed(messages, prompt, tools)
         except InputError:
             if not any(turn.tool_calls for turn in turns):
                 raise
-        for message in messages:
-            for call in message.get("tool_calls", ()):
-                function = call["function"]
-                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-        return self.messages(messages, prompt, tools)
+        for call in (call for message in messages for call in message.get("tool_calls", ())):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return self._printed(messages, prompt, tools)
+
+    def _printed(self, messages: list[dict[str, Any]], prompt: bool, tools: Any) -> str:
+        try:
+            source = self.tokenizer.get_chat_template(tools=tools)
+            if self.date:
+                day = date.fromisoformat(self.date)
+                source = _CLOCK.sub(lambda match: repr(day.strftime(match.group(2))), source)
+            with time_limit(_SECONDS, "chat template"):
+                return self.tokenizer.apply_chat_template(
+                    messages, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompt
+                )
+        except InputError:
+            raise
+        except Exception as error:  # a template is third-party code and may raise anything
+            raise InputError(f"chat template: {str(error) or type(error).__name__}") from error
 
     def around(self, turns: Sequence[Turn], prompt: bool = False) -> list[str] | None:
         """Return the texts that the template prints before, between and after the probes of a dialogue.
@@ -201,26 +207,38 @@ class ChatTemplate:
 
     def around_roles(self, roles: Sequence[str], prompt: bool = False) -> list[str] | None:
         """Return `around` for a dialogue of probes spoken by these roles."""
-        return self.around([Turn(role, probe(i)) for i, role in enumerate(roles)], prompt)
+        return self.around(_probes(roles), prompt)
 
-    def shared_prefix(self, first: str, *others: str) -> str:
-        """Return the longest common prefix of these texts that cuts no added token in the middle."""
-        units = [self._unit.findall(text) for text in (first, *others)]
-        return "".join(row[0] for row in takewhile(lambda row: len(set(row)) == 1, zip(*units, strict=False)))
+    def lost_space(self, turns: Sequence[Turn], place: int, prompt: bool = False) -> tuple[str, str]:
+        """Return the white-space characters that the template removes on the left and right of a turn's content.
 
-    def shared_suffix(self, first: str, second: str) -> str:
-        """Return the longest common suffix of two texts that cuts no added token in the middle."""
-        units = [self._unit.findall(text)[::-1] for text in (first, second)]
-        return "".join([row[0] for row in takewhile(lambda row: row[0] == row[1], zip(*units, strict=False))][::-1])
+        Args:
+          turns: a dialogue that the template prints.
+          place: index of the turn, whose content is a probe.
+          prompt: True: add the generation prompt.
+        """
+        word, printed = turns[place].content, self.turns(turns, prompt)
 
-    @cached_property
+        def lost(text: str) -> bool:
+            edged = [*turns[:place], replace(turns[place], content=text), *turns[place + 1 :]]
+            return self.turns(edged, prompt) != printed.replace(word, text)
+
+        return (
+            "".join(space for space in WHITE_SPACE if lost(space + word)),
+            "".join(space for space in WHITE_SPACE if lost(word + space)),
+        )
+
+    def shared(self, *texts: str, at_end: bool = False) -> str:
+        """Return the longest common prefix, or suffix (`at_end`), of texts that cuts no added token in the middle."""
+        step = -1 if at_end else 1
+        units = [self._unit.findall(text)[::step] for text in texts]
+        common = [row[0] for row in takewhile(lambda row: len(set(row)) == 1, zip(*units, strict=False))]
+        return "".join(common[::step])
+
+    @property
     def has_clock(self) -> bool:
         """True if the template prints today's date."""
         return "strftime_now" in json.dumps(self.tokenizer.chat_template)
-
-    @property
-    def _day(self) -> date:
-        return date.fromisoformat(self.date)
 
 
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -230,6 +248,10 @@ _PROBE = re.compile(r"Probe\d+Word")
 def probe(i: int) -> str:
     """Return the probe word number i, which takes the place of a turn's content."""
     return f"Probe{i}Word"
+
+
+def _probes(roles: Sequence[str]) -> list[Turn]:
+    return [Turn(role, probe(i)) for i, role in enumerate(roles)]
 
 
 def derive_template(template: ChatTemplate) -> TemplateText:
@@ -265,27 +287,22 @@ def derive_template(template: ChatTemplate) -> TemplateText:
     # looking for the user's opening as a common suffix: a default system text ends with the same closing, so the
     # common suffix would otherwise contain the closing too.
     closing = next((text for text in (tail, user_closing) if text and before_user.startswith(text)), "")
-    user_opening = template.shared_suffix(head, before_user.removeprefix(closing))
+    user_opening = template.shared(head, before_user.removeprefix(closing), at_end=True)
     past_after = before_user.removesuffix(user_opening)
 
-    opening, closings = {"user": user_opening}, {"user": user_closing}
-    preamble = {"default": head.removesuffix(user_opening)}
-    user_roles, user_after_system = [], user_opening
-    for role in ("system", "tool", "environment"):
-        own = (
-            _system_text(template, user_opening)
-            if role == "system"
-            else _reply_text(template, role, past_before, past_after)
-        )
-        if own is None:
-            user_roles.append(role)
-            own = (user_opening, user_closing, preamble["default"], user_opening)[: 4 if role == "system" else 2]
-        opening[role], closings[role], *rest = own
-        if rest:
-            preamble["system"], user_after_system = rest
+    default = head.removesuffix(user_opening)
+    system, preamble, user_after_system = _system_text(template, user_opening) or (None, default, user_opening)
+    around = {
+        "user": (user_opening, user_closing),
+        "system": system,
+        "tool": _reply_text(template, "tool", past_before, past_after),
+        "environment": _reply_text(template, "environment", past_before, past_after),
+    }
+    user_roles = tuple(role for role, texts in around.items() if texts is None)
+    opening, closings = ({role: (texts or around["user"])[i] for role, texts in around.items()} for i in (0, 1))
     lead = {role: " " if text.endswith(" ") else "" for role, text in opening.items()}
     return TemplateText(
-        preamble,
+        {"default": default, "system": preamble},
         {role: text.removesuffix(lead[role]) for role, text in opening.items()},
         lead,
         closings,
@@ -295,7 +312,7 @@ def derive_template(template: ChatTemplate) -> TemplateText:
         (live_before, tail),
         (past_before, past_after),
         _stripped(template, user_roles),
-        tuple(user_roles),
+        user_roles,
         template.parts,
         template.date,
     )
@@ -315,16 +332,16 @@ def _user_closing(
     """
     has_prompt = prompted != bare
     following = prompted if has_prompt else before_live
-    closing = template.shared_prefix(bare, following, before_past, before_live)
+    closing = template.shared(bare, following, before_past, before_live)
     if not following.removeprefix(closing).strip():
         closing = ""
     return closing, following.removeprefix(closing) if has_prompt else ""
 
 
-def _system_text(template: ChatTemplate, user_opening: str) -> tuple[str, str, str, str] | None:
+def _system_text(template: ChatTemplate, user_opening: str) -> tuple[tuple[str, str], str, str] | None:
     """Derive the texts around a system turn, which may be "" or put the turn inside the user's turn.
 
-    Returns: opening and closing of the system turn, the preamble before it, and the opening of the user turn after it;
+    Returns: opening and closing of the system turn; the preamble before it; and the opening of the user turn after it;
       None if the template has no system turn.
     """
     pieces = template.around_roles(("system", *PLAIN_DIALOGUE))
@@ -338,7 +355,7 @@ def _system_text(template: ChatTemplate, user_opening: str) -> tuple[str, str, s
     if not opening or not head.endswith(opening):
         # If BOS is also the token that opens turns, it belongs to the system turn's opening, not to the preamble.
         opening = head.removeprefix("" if bos and user_opening.startswith(bos) else bos)
-    return opening, closing, head.removesuffix(opening) if opening else head, after
+    return (opening, closing), head.removesuffix(opening), after
 
 
 def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after: str) -> tuple[str, str] | None:
@@ -350,8 +367,7 @@ def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after:
     Returns: opening and closing; None if the template has no text for this role, or prints its turn as the agent's,
       because it distinguishes only the user from everybody else.
     """
-    # The agent's turn after it must not be the last one: templates print more there, for example an empty thought.
-    pieces = template.around_roles(("user", "assistant", role, "assistant", "user", "assistant"))
+    pieces = template.around_roles(_reply_dialogue(role))
     if pieces is None or not (pieces[2].startswith(past_after) and pieces[3].endswith(past_before)):
         return None
     opening = pieces[2].removeprefix(past_after)
@@ -366,27 +382,21 @@ def _stripped(template: ChatTemplate, user_roles: Sequence[str]) -> dict[str, tu
     Args:
       user_roles: the roles that are printed as the user's.
     """
-    strips = {}
-    for role, roles in (
-        ("user", PLAIN_DIALOGUE),
-        ("assistant", ("user", "assistant")),
-        ("system", ("system", *PLAIN_DIALOGUE)),
-        ("tool", ("user", "assistant", "tool", "assistant", "user", "assistant")),
-        ("environment", ("user", "assistant", "environment", "assistant", "user", "assistant")),
-    ):
-        if role in user_roles:
-            continue
-        place = roles.index(role)
-        turns = [Turn(speaker, probe(i)) for i, speaker in enumerate(roles)]
-        printed = template.turns(turns)
-
-        def lost(text: str, turns=turns, place=place, printed=printed) -> bool:
-            edged = [*turns[:place], Turn(turns[place].role, text), *turns[place + 1 :]]
-            return template.turns(edged) != printed.replace(probe(place), text)
-
-        word = probe(place)
-        strips[role] = (
-            "".join(space for space in WHITE_SPACE if lost(space + word)),
-            "".join(space for space in WHITE_SPACE if lost(word + space)),
-        )
+    dialogues = {
+        "user": PLAIN_DIALOGUE,
+        "assistant": ("user", "assistant"),
+        "system": ("system", *PLAIN_DIALOGUE),
+        "tool": _reply_dialogue("tool"),
+        "environment": _reply_dialogue("environment"),
+    }
+    strips = {
+        role: template.lost_space(_probes(roles), roles.index(role))
+        for role, roles in dialogues.items()
+        if role not in user_roles
+    }
     return strips | {role: strips["user"] for role in user_roles}
+
+
+def _reply_dialogue(role: str) -> tuple[str, ...]:
+    # The agent's turn after the reply must not be the last one: templates print more there, such as an empty thought.
+    return "user", "assistant", role, "assistant", "user", "assistant"

@@ -234,7 +234,7 @@ def policy_window(
       few_shot: ids of the few-shot demonstrations, which are never dropped.
     Raises: InputError if the demonstrations and the leading system turns leave too few tokens for the reply.
     """
-    renderer.notice(turns)
+    renderer.check.notice(turns)
     opening = renderer.opening_after(turns)
     if return_ids is not None:
         *return_ids, coming = return_ids
@@ -264,7 +264,7 @@ def reply_window(dialogue: EncodedDialogue, rule: WindowRule, reserve: int = 0) 
     Returns: the ids, or None if turn and reply do not fit even without earlier turns; training leaves such a reply
       out.
     """
-    dialogue.renderer.notice(dialogue.turns[:-1])
+    dialogue.renderer.check.notice(dialogue.turns[:-1])
     stop, opened = len(dialogue.turns) - 1, dialogue.encoded[-1].action_start
     if dialogue.fixed + dialogue.lengths[stop - 1] + opened + reserve > rule.max_length:
         return None

@@ -1,15 +1,20 @@
 """The settings that all algorithms share, and the checks of their ranges before training starts."""
 
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.rendering import TEMPLATES
@@ -106,6 +111,33 @@ class BaseConfig(TrainingArguments):
         """The folder or hub name of the run whose values this one learns from or starts from; None = there is none."""
         return None
 
+    # How runs of these settings get their inputs: here scored trajectories, and a causal LM with optional heads.
+
+    def read_rows(
+        self, source: str | Path, counts: Counter[str] | None = None, reward: str | None = None
+    ) -> Sequence[Any]:
+        """Read the rows of data.
+
+        Args:
+          source: a path or hub name.
+          counts: is incremented for each repaired or dropped row, under the reason; None = they are not counted.
+          reward: the column that holds a row's score; None = `reward` or `label`, as for `read_trajectories`.
+        """
+        return read_trajectories(source, counts=counts, reward=reward)
+
+    def new_model(self, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Build a model with fresh weights.
+
+        Args:
+          spec: `model_type` and config fields, as for `build_model` in models/loading.py.
+          tokenizer: decides the vocabulary size.
+        """
+        return build_model(spec, tokenizer)
+
+    def open_model(self, path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+        """Load the model of a folder or hub name."""
+        return load_model(path, trust_remote_code=trust_remote_code)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, as TrainingArguments does; a dataclass in a field becomes a dict."""
         return {name: asdict(value) if is_dataclass(value) else value for name, value in super().to_dict().items()}
@@ -143,17 +175,17 @@ class GuidedConfig(OfflineConfig):
 
     decoding: DecodingConfig = setting(DecodingConfig, "How the run chooses tokens when it plays; saved with the run.")
 
-    saved_decoding: ClassVar[tuple[str, ...]] = ()  # fields of `decoding` that are saved even at their default
+    always_saved: ClassVar[tuple[str, ...]] = ()  # fields of `decoding` that are saved even at their default
+
+    @property
+    def saved_decoding(self) -> dict[str, Any]:
+        """The part of `decoding` that is saved with the run: name -> plain value."""
+        plain, own = asdict(DecodingConfig()), asdict(self.decoding)
+        return {name: own[name] for name in own if name in self.always_saved or own[name] != plain[name]}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; of `decoding`, only the part that is saved with the run."""
-        plain = asdict(DecodingConfig())
-        decoding = {
-            name: value
-            for name, value in asdict(self.decoding).items()
-            if name in self.saved_decoding or value != plain[name]
-        }
-        return super().to_dict() | {"decoding": decoding}
+        return super().to_dict() | {"decoding": self.saved_decoding}
 
 
 def check_schedule(args: TrainingArguments) -> None:

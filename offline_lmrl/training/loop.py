@@ -11,13 +11,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from offline_lmrl.errors import InputError
@@ -43,28 +44,142 @@ from offline_lmrl.training.config import BaseConfig
 from offline_lmrl.training.metrics import append_metrics, keep_metrics_until
 
 
+class Learner:
+    """The trained parameters with their optimizer, learning rate schedule and averaged weights.
+
+    Args:
+      accelerator: prepares module and optimizer.
+      module: contains all trained parameters.
+      args: the settings of AdamW, of the schedule and of gradient clipping.
+      ema: decay per optimizer step of averaged weights; 0 = no average.
+
+    Attributes:
+      module: the module as it was given; `wrapped` is the one for the training forward pass.
+      trained: the trained parameters by name.
+      average: their averages by name; empty = no average.
+      updates: number of optimizer steps so far.
+    """
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, args: BaseConfig, ema: float):
+        self.accelerator, self.module, self.args, self.ema, self.updates = accelerator, module, args, ema, 0
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if ema > 0 else {}
+        optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            args.learning_rate,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_epsilon,
+            args.weight_decay,
+        )
+        self.scheduler = transformers.get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            args.get_warmup_steps(args.max_steps),
+            args.max_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+
+    def step(self) -> float:
+        """Take an optimizer step on the accumulated gradients, then update the averaged weights.
+
+        Returns: the gradient norm before clipping.
+        Raises: InputError if that norm is not finite.
+        """
+        parameters = list(self.trained.values())
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf))
+        if not math.isfinite(norm):
+            raise InputError(
+                f"loss: found a gradient of norm {norm} in iteration {self.scheduler.last_epoch + 1}, expected a "
+                "finite one; lower learning_rate"
+            )
+        self.updates += 1
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in parameters], 1 - self.ema)
+        return norm
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context manager in whose body the averaged weights, if there are any, replace the trained ones."""
+        last = {name: self.trained[name].detach().clone() for name in self.average}
+        _copy(self.average, self.trained)
+        try:
+            yield
+        finally:
+            _copy(last, self.trained)
+
+    @property
+    def weight_files(self) -> dict[str, dict[str, Tensor]]:
+        """The trained and the averaged weights, by the names of their files in a checkpoint."""
+        return {"trained.safetensors": self.trained} | ({"average.safetensors": self.average} if self.average else {})
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the weights and the state of optimizer and schedule into a folder."""
+        for file, weights in self.weight_files.items():
+            save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, checkpoint / file)
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        torch.save(state, checkpoint / "optimizer.pt")
+
+    def load(self, checkpoint: Path) -> None:
+        """Restore what `save` wrote.
+
+        Raises: InputError if a file is damaged or has the weights of another model.
+        """
+        for file, weights in self.weight_files.items():
+            with reading(checkpoint / file, DAMAGED):
+                stored = load_file(checkpoint / file)
+                if names := set(weights) ^ set(stored):
+                    raise InputError(
+                        f"{checkpoint}: found the weights of another model, expected those of this run; the first "
+                        f"name that only one of them has is {min(names)}"
+                    )
+                _copy(stored, weights)
+        with reading(checkpoint / "optimizer.pt", DAMAGED):
+            device = self.args.device
+            state = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy tensors by name, in place, because the optimizer and the wrapped module hold the tensors of `target`."""
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
+
+
+def mean_over_processes(accelerator: Accelerator, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of every metric over the processes, by name."""
+    if accelerator.num_processes == 1 or not metrics:
+        return dict(metrics)
+    values = torch.tensor(list(metrics.values()), device=accelerator.device)
+    return dict(zip(metrics, accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
 class LoopTrainer:
     """The base class of trainers that run their own loop and generate their data.
 
-    A subclass has to:
-    - call `set_up(module, policy, average)` in its constructor: `module` holds all trained parameters, `policy` is the
-      part of it that is saved (`module` may also hold a value head, for example), and `average` is True to keep
-      averaged weights;
-    - run the loop in `train`, one iteration (playing and learning) after another;
-    - save and restore its extra state in `state_dict` and `load_state_dict`;
-    - draw random numbers that depend only on the seed and the iteration, so that training resumes exactly.
+    A subclass calls `set_up` in its constructor and runs the loop in `train`, one iteration (playing and learning)
+    after another. Random numbers must depend only on the seed and the iteration, so that training resumes exactly.
 
     Args:
       args: the settings.
       processing_class: the tokenizer.
       policy: the model that plays. If it was trained before, its run metadata decide how dialogues become tokens.
       find_unused_parameters: True if some losses do not reach all parameters; DistributedDataParallel needs to know.
+
+    Attributes:
+      counts: description of a fault of the data -> number of cases.
+      totals: costs of the run so far by name.
+      iteration: number of iterations so far.
+      state: what else the next iteration depends on, as values that JSON can hold.
     """
 
     algorithm = ""
-    plays = True
-    regime = "environment"
     signals: Signals | None = None  # training stops at these, after writing a checkpoint
+    outcome: Mapping[str, float] = MappingProxyType({})  # measurements at the end of training; there are none
 
     def __init__(
         self,
@@ -83,77 +198,29 @@ class LoopTrainer:
         self.renderer = training_renderer(processing_class, policy, args.template, args.output_dir)
         self.counts: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
-        self.iteration, self.updates = 0, 0
+        self.iteration, self.total_steps = 0, args.max_steps
+        self.state: dict[str, Any] = {}
 
-    def set_up(self, module: nn.Module, policy: nn.Module, average: bool) -> None:
-        """Set the module and the policy, and make optimizer and learning rate schedule.
+    def set_up(self, module: nn.Module, policy: nn.Module, ema: float) -> None:
+        """Set the model and make its learner.
 
         Args:
           module: contains all trained parameters.
-          policy: the part of `module` that is saved as the run's model.
-          average: True: keep averaged weights, which are saved instead of the trained ones.
+          policy: the part of `module` that is saved as the run's model; `module` may also hold V, for example.
+          ema: decay per optimizer step of averaged weights, which are saved instead of the trained ones; 0 = none.
         """
-        args, self.module, self.policy = self.args, module, policy
-        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if average else None
-        optimizer = torch.optim.AdamW(
-            self.trained.values(),
-            args.learning_rate,
-            (args.adam_beta1, args.adam_beta2),
-            args.adam_epsilon,
-            args.weight_decay,
-        )
-        self.scheduler = transformers.get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            args.get_warmup_steps(args.max_steps),
-            args.max_steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-        self.wrapped, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.model, self.learner = policy, Learner(self.accelerator, module, self.args, ema)
 
-    # Methods for subclasses to define.
+    # Metrics and costs.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return extra state to save so that training resumes exactly, as plain values for JSON.
-
-        Weights, optimizer, schedule and counts are saved anyway.
-        """
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
-
-    # Metrics and counts.
-
-    def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return the mean of every metric over the processes, by name."""
-        if self.args.world_size == 1 or not metrics:
-            return dict(metrics)
-        values = torch.tensor(list(metrics.values()), device=self.args.device)
-        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+    def spend(self, costs: Mapping[str, int]) -> None:
+        """Add what this process and all others spent to the totals of the run."""
+        for name, count in costs.items():
+            self.totals[name] += int(self.accelerator.reduce(torch.tensor(count, device=self.args.device), "sum"))
 
     def costs(self) -> dict[str, int]:
         """Return the number of iterations so far as `steps`, and the totals of the run by name, for complete.json."""
         return {"steps": self.iteration} | dict(self.totals)
-
-    def outcome(self) -> dict[str, float]:
-        """Return measurements made at the end of training, for complete.json."""
-        return {}
-
-    @property
-    def total_steps(self) -> int:
-        """The number of iterations of the whole run."""
-        return self.args.max_steps
-
-    @property
-    def model(self) -> nn.Module:
-        """The policy."""
-        return self.policy
-
-    @property
-    def is_quiet(self) -> bool:
-        return self.args.disable_tqdm or not self.accelerator.is_main_process
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a row to metrics.jsonl: the iteration as `step`, and the metrics.
@@ -172,8 +239,7 @@ class LoopTrainer:
 
     def lacking(self, checkpoint: Path) -> list[str]:
         """Return the names of files that exact resuming needs and the checkpoint does not have."""
-        average = ["average.safetensors"] if self.average is not None else []
-        return missing(checkpoint, ["trained.safetensors", *average, "optimizer.pt", "loop.json"])
+        return missing(checkpoint, [*self.learner.weight_files, "optimizer.pt", "loop.json"])
 
     def begin(self, checkpoint: str | Path | None) -> None:
         """Load a checkpoint, if one is given, and remove the rows of metrics that were written after it.
@@ -187,7 +253,6 @@ class LoopTrainer:
             self.load(Path(checkpoint))
         if self.args.should_save:
             folder = Path(self.args.output_dir)
-            # Left half written by a killed process.
             shutil.rmtree(folder / STAGING, ignore_errors=True)
             keep_metrics_until(folder, self.iteration)
             rotate(folder, self.iteration, self.args.save_total_limit)
@@ -198,24 +263,16 @@ class LoopTrainer:
 
         Raises: Stopped after a signal, to end training.
         """
+        args, last = self.args, self.iteration == self.args.max_steps
         # With several processes this is a collective call, so all of them make it in every iteration.
-        number = None if self.signals is None else self.signals.agreed(self.args.world_size)
-        last = self.iteration == self.args.max_steps
+        number = None if self.signals is None else self.signals.agreed(args.world_size)
         stops = number is not None and not last
-        if stops or self.saves(last):
+        if stops or (args.save_strategy == "steps" and (last or self.iteration % int(args.save_steps) == 0)):
             self.save_checkpoint()
         if stops:
-            raise stopped(number, self.args.output_dir, self.iteration, self.args.max_steps)
+            raise stopped(number, args.output_dir, self.iteration, args.max_steps)
 
     # Saving.
-
-    def saves(self, last: bool) -> bool:
-        """Return True if a checkpoint is due after this iteration.
-
-        Args:
-          last: True if this is the last iteration of the run.
-        """
-        return self.args.save_strategy == "steps" and (last or self.iteration % int(self.args.save_steps) == 0)
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint: everything that the next iteration depends on, and the policy as `save_model` writes it.
@@ -224,36 +281,23 @@ class LoopTrainer:
         """
         if self.args.should_save:
             folder, name = Path(self.args.output_dir), f"checkpoint-{self.iteration}"
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
-            written = folder / STAGING / name
-            with filling(folder / STAGING, folder / name):
-                written.mkdir(parents=True)
+            loop = {
+                "iteration": self.iteration,
+                "updates": self.learner.updates,
+                "totals": self.totals,
+                "counts": self.counts,
+                "state": self.state,
+                "processes": self.args.world_size,
+            }
+            with _staged(folder, folder / name) as staging:
+                written = staging / name
                 self._write_policy(written)
-                save_file(
-                    {name: p.detach().contiguous() for name, p in self.trained.items()},
-                    written / "trained.safetensors",
-                )
-                if self.average is not None:
-                    save_file(self.average, written / "average.safetensors")
-                state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-                torch.save(state, written / "optimizer.pt")
-                (written / "loop.json").write_text(
-                    json.dumps(
-                        {
-                            "iteration": self.iteration,
-                            "updates": self.updates,
-                            "totals": self.totals,
-                            "counts": self.counts,
-                            "state": self.state_dict(),
-                            "processes": self.args.world_size,
-                        }
-                    ),
-                    encoding="utf-8",
-                )
+                self.learner.save(written)
+                (written / "loop.json").write_text(json.dumps(loop), encoding="utf-8")
             # Old checkpoints are removed after the new one is published, so that a complete one always exists.
             publish(written, folder / name)
             rotate(folder, self.iteration, self.args.save_total_limit)
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def load(self, checkpoint: Path) -> None:
@@ -264,32 +308,13 @@ class LoopTrainer:
         """
         if names := self.lacking(checkpoint):
             raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
-        loop = checkpoint / "loop.json"
-        found = current(read_object(loop, DAMAGED))
+        found = current(read_object(checkpoint / "loop.json", DAMAGED))
         check_processes(checkpoint, found.get("processes", 1), self.args.world_size)
-        with reading(checkpoint / "trained.safetensors", DAMAGED):
-            stored = load_file(checkpoint / "trained.safetensors")
-            if names := set(self.trained) ^ set(stored):
-                raise InputError(
-                    f"{checkpoint}: found the weights of another model, expected those of this run; the first name "
-                    f"that only one of them has is {min(names)}"
-                )
-            with torch.no_grad():
-                # Copied in place, because the optimizer and the wrapped module hold these very tensors.
-                for name, parameter in self.trained.items():
-                    parameter.copy_(stored[name])
-        if self.average is not None:
-            with reading(checkpoint / "average.safetensors", DAMAGED):
-                average = load_file(checkpoint / "average.safetensors")
-                self.average = {name: average[name].to(self.args.device) for name in self.trained}  # same order
-        with reading(checkpoint / "optimizer.pt", DAMAGED):
-            state = torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-        with reading(loop, DAMAGED):
-            self.iteration, self.updates = found["iteration"], found["updates"]
+        self.learner.load(checkpoint)
+        with reading(checkpoint / "loop.json", DAMAGED):
+            self.iteration, self.learner.updates = found["iteration"], found["updates"]
             self.totals, self.counts = Counter(found["totals"]), Counter(found["counts"])
-            self.load_state_dict(found["state"])
+            self.state = {name: found["state"][name] for name in self.state}
             # `reading` turns this into the InputError of a damaged file.
             if self.iteration != step_of(checkpoint):
                 raise ValueError(f"iteration {self.iteration}")
@@ -298,33 +323,29 @@ class LoopTrainer:
         """Save the policy alone, with averaged weights if there are any, as a plain model of its base class."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            staging = folder / STAGING
-            shutil.rmtree(staging, ignore_errors=True)  # left half written by a killed process
-            with filling(staging, folder):
-                staging.mkdir(parents=True)
+            with _staged(folder, folder) as staging:
                 self._write_policy(staging)
                 move_model(staging, folder)
         self.accelerator.wait_for_everyone()
 
     def _write_policy(self, folder: Path) -> None:
-        with self._averaged():
-            self.policy.save_pretrained(folder)
-            if has_adapter(self.policy):
-                save_heads(self.policy, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.learner.averaged():
+            self.model.save_pretrained(folder)
+            if has_adapter(self.model):
+                save_heads(self.model, folder)
         self.renderer.tokenizer.save_pretrained(folder)
 
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """A context manager in whose body the averaged weights, if there are any, replace the trained ones."""
-        if self.average is None:
-            yield
-            return
-        trained = {name: p.detach().clone() for name, p in self.trained.items()}
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(self.average[name])
-            try:
-                yield
-            finally:
-                for name, p in self.trained.items():
-                    p.copy_(trained[name])
+
+@contextlib.contextmanager
+def _staged(folder: Path, target: Path) -> Iterator[Path]:
+    """A context manager in whose body files are written into an empty staging folder in `folder`, which it yields.
+
+    Args:
+      folder: folder of the run.
+      target: the final path, which the InputError names if writing fails.
+    """
+    staging = folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # left half written by a killed process
+    with filling(staging, target):
+        yield staging

@@ -14,7 +14,7 @@ from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.comparison.measure import training_cost
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
-from offline_lmrl.evaluation.offline import compute_step_outputs
+from offline_lmrl.evaluation.offline import measure_logs
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.loading import build_model, load_model
@@ -106,7 +106,7 @@ def test_the_defaults_are_the_papers(tmp_path):
 def test_advantages_are_the_critics_in_scaled_units_at_every_token(tmp_path, critic):
     made = trainer(critic, tmp_path / "run", per_device_eval_batch_size=3)
     judge = LanguagePolicy.load(critic, q_reduce="min", device="cpu")
-    steps = compute_step_outputs(judge, logs())  # in reward units
+    steps = measure_logs(judge, logs())  # in reward units
     found = made.train_dataset.flat["advantage"][0]
     assert_close(torch.from_numpy(found), torch.from_numpy(steps.q - steps.v) / 5.0, atol=1e-5, rtol=0)
     assert found.std() > 0.05

@@ -98,7 +98,7 @@ def loss_and_gradients(run, batch, backward=None):
     steps = batch["steps"]
     run.compute_loss(run.model, batch, num_items_in_batch=len(steps["row"])).backward()
     with torch.no_grad():
-        per_step, _ = run.loss_terms(run._forward(run.model, batch), steps)
+        per_step, _ = run.losses(run.outputs(run.model, batch), batch)
     return per_step, gradients(run.model)
 
 
@@ -202,7 +202,7 @@ def test_the_loss_is_the_weighted_sum_and_replies_count_where_they_close(tmp_pat
         "logsumexp_q": torch.tensor([[8.0, 2.0, 2.0, 0.0]]),
     }
     # y = 9 − 1, .5 · 2, 1: Q's losses 0, 1, 1, and none; V's 0, .7, 0, none; conservative 0, 2, 0, none
-    total, logged = run.loss_terms(outputs, REPLY_STEPS)
+    total, logged = run.losses(outputs, {"steps": REPLY_STEPS})
     assert_close(total, torch.tensor([2.0, 2 + 3 * 1.7 + 1 + 0.57, 2 + 3 + 1.28, 2.0]))
     assert_close(logged["loss/utterance"], torch.tensor([0.057, 0.128, 0.0]))
 
@@ -290,7 +290,7 @@ def test_every_term_moves_its_own_parts_only(tmp_path, scale, trunk):
     settings = {"value_grad_scale": scale, "utterance_weight": 1.0, "inverse_temperature": 1.0, "monte_carlo": 0.3}
     run = with_random_heads(trainer(tmp_path, **settings))
     batch = all_windows(run)
-    outputs = run._forward(run.model, batch)
+    outputs = run.outputs(run.model, batch)
     losses = ilql_losses(outputs, batch["steps"], run.args)
     losses["utterance"] = utterance_losses(outputs, batch["steps"], run.args)
     moved = {}
@@ -328,7 +328,7 @@ def test_a_cut_log_adds_the_discounted_value_behind_it_and_a_terminated_one_does
     settings = {"discount_per_turn": 0.9, "reward_scale": 2.0, "context": context}
     run = with_random_heads(trainer(tmp_path, logs, **settings))
     batch = all_windows(run)
-    steps, outputs = batch["steps"], run._forward(run.model, batch)
+    steps, outputs = batch["steps"], run.outputs(run.model, batch)
     losses = ilql_losses(outputs, steps, run.args)["q"]
     closing = [n for n in range(len(losses)) if steps["turn"][n] == 3 and steps["closes_turn"][n]]
 
@@ -338,7 +338,7 @@ def test_a_cut_log_adds_the_discounted_value_behind_it_and_a_terminated_one_does
     with torch.no_grad():
         _, hidden = run.model.forward_with_hidden(input_ids=ids)
         value = run.model.v_values(hidden[0, -1])
-    reward = (0.5 - run.scale.shift) / 2
+    reward = (0.5 - run.encoder.scale.shift) / 2
     assert value.abs() > 0.05  # else the two targets could not be told apart
     for n, target in zip(closing, [torch.tensor(reward), reward + 0.9 * value], strict=True):
         assert_close(losses[n], (outputs["q"][:, n] - target).square().sum())

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer, ppo_losses
+from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer, Update, check_start, credit, ppo_losses, shape_scores
 from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer
 from offline_lmrl.comparison.compare import run_compare
 from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
@@ -26,7 +26,7 @@ from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
-from offline_lmrl.ops.policy_gradient import adaptive_kl_weight, tensorflow_adam_eps
+from offline_lmrl.ops.policy_gradient import Moments, adaptive_kl_weight, tensorflow_adam_eps
 from offline_lmrl.run import DataConfig, ModelConfig, input_hashes, train, weights_hash
 from offline_lmrl.tasks.gamble import Gamble
 from offline_lmrl.tokens.tokenizers import train_tokenizer
@@ -94,12 +94,17 @@ def trainer(folder, environment=Ragged, *, network=None, ptx=None, lora=None, **
 
 def read(run):
     """The first iteration's episodes and what was read of them."""
-    played = run.play()
-    return played, run.observe(run.scored(played))
+    played = run.rollouts.play(run.iteration)
+    return played, run.observe(played)
+
+
+def give_credit(run, experience):
+    """Add the advantages of an experience, in place; return the metrics."""
+    return credit(experience, run.args, run.state["kl_weight"])
 
 
 def weights(run):
-    return torch.cat([p.detach().flatten() for p in run.trained.values()])
+    return torch.cat([p.detach().flatten() for p in run.learner.trained.values()])
 
 
 def metrics(folder):
@@ -128,16 +133,16 @@ def test_before_a_step_sampler_learner_and_reference_agree(tmp_path, environment
     log_prob = experience.column("behaviour_log_prob")
     torch.testing.assert_close(log_prob, experience.column("sampled_log_prob"), atol=1e-5, rtol=0)
     assert torch.equal(log_prob, experience.column("ref_log_prob"))
-    run.check_start(experience)
+    check_start(experience, bf16=False)
     assert (ratios(run, experience) - 1).abs().max() < 1e-5
 
 
 @torch.no_grad()
 def ratios(run, experience):
     """Of the first minibatch, were it all windows in the order in which they were read."""
-    run.credit(experience)
+    give_credit(run, experience)
     order = np.argsort(-experience.windows.lengths, kind="stable")
-    _, compared = run.ppo_terms(experience, order, warming=False)
+    _, compared = run.update.ppo_terms(experience, order, warming=False)
     return (compared["log_prob"] - compared["behaviour_log_prob"]).exp()
 
 
@@ -157,7 +162,7 @@ def test_sampled_ids_that_text_would_not_give_again_keep_ratio_1(tmp_path):
     assert any(a != b for a, b in zip(again, said, strict=True))
     steps = experience.windows.batch(np.arange(len(experience.windows)))["steps"]
     assert steps["action"].tolist() == [i for turn in turns for i in turn.token_ids]
-    run.check_start(experience)
+    check_start(experience, bf16=False)
     assert (ratios(run, experience) - 1).abs().max() < 1e-5
 
 
@@ -170,7 +175,7 @@ def test_log_probs_are_those_of_the_tokens_that_were_said(tmp_path):
         batch = experience.windows.batch(index)
         labels = torch.where(batch["action_mask"], batch["input_ids"], -100)
         with torch.no_grad():
-            loss = run.policy(input_ids=batch["input_ids"], labels=labels).loss
+            loss = run.model(input_ids=batch["input_ids"], labels=labels).loss
         mine = experience.column("behaviour_log_prob")[experience.places(index)]
         assert mine.sum().item() == pytest.approx(-len(mine) * loss.item(), abs=1e-4)
 
@@ -178,7 +183,7 @@ def test_log_probs_are_those_of_the_tokens_that_were_said(tmp_path):
 def test_padding_and_neighbours_change_nothing(tmp_path):
     """Items 2 and 21."""
     one, all_ = trainer(tmp_path, per_device_train_batch_size=1), trainer(tmp_path, per_device_train_batch_size=64)
-    played = one.play()
+    played = one.rollouts.play(0)
     for name in ("behaviour_log_prob", "next_v", "entropy"):
         found = [run.observe(played).column(name) for run in (one, all_)]
         torch.testing.assert_close(*found, atol=1e-5, rtol=0)
@@ -192,7 +197,7 @@ def test_values_start_at_0_and_scores_lie_on_the_tokens_that_close_turns(tmp_pat
     scores = [turn.reward for t in played for turn in t.turns if turn.is_trainable]
     assert torch.equal(reward[reward != 0], torch.tensor(scores))
     assert torch.equal(reward != 0, experience.column("closes_turn").bool())
-    run.credit(experience)
+    give_credit(run, experience)
     assert not experience.column("behaviour_v").any() and not experience.column("next_v").any()
     torch.testing.assert_close(experience.column("advantage"), experience.column("return_to_go"))
 
@@ -201,15 +206,15 @@ def test_values_start_at_0_and_scores_lie_on_the_tokens_that_close_turns(tmp_pat
 def test_v_is_that_of_what_was_read_and_goes_on_where_the_agent_speaks_next(tmp_path, context):
     """Items 1 and 11: also where that lies in another window."""
     run = trainer(tmp_path, episodes=3, context=context)
-    torch.nn.init.normal_(run.module.value_head.weight)
+    torch.nn.init.normal_(run.learner.module.value_head.weight)
     _, experience = read(run)
     v, next_v = experience.column("behaviour_v"), experience.column("next_v")
     batch = experience.windows.batch(np.arange(len(experience.windows)))
     steps = batch["steps"]
     with torch.no_grad():
         for row, state, found in zip(steps["row"], steps["state"], v, strict=True):
-            hidden = run.policy.get_decoder()(input_ids=batch["input_ids"][row, : state + 1].unsqueeze(0))[0][0, -1:]
-            assert run.module.value_head(hidden).item() == pytest.approx(found.item(), abs=1e-4)
+            hidden = run.model.get_decoder()(input_ids=batch["input_ids"][row, : state + 1].unsqueeze(0))[0][0, -1:]
+            assert run.learner.module.value_head(hidden).item() == pytest.approx(found.item(), abs=1e-4)
     same = torch.from_numpy(experience.episode[1:] == experience.episode[:-1])
     torch.testing.assert_close(next_v[:-1][same], v[1:][same], atol=1e-4, rtol=0)
     assert v.std() > 0.1 and len(v) > same.sum() + 1
@@ -219,7 +224,7 @@ def test_whitened_rewards_keep_their_mean(tmp_path):
     """Item 15; V and the divergence are 0, so that the advantages of λ = 0 are the rewards."""
     run = trainer(tmp_path, lambda: Ragged(gain=3.0), whiten_rewards=True, whiten_advantages=False, gae_lambda=0.0)
     _, experience = read(run)
-    run.credit(experience)
+    give_credit(run, experience)
     reward, white = experience.column("reward"), experience.column("advantage")
     assert white.mean().item() == pytest.approx(reward.mean().item(), rel=1e-4)
     assert white.var(correction=0).item() == pytest.approx(1, abs=1e-4) and reward.var() > 2
@@ -262,7 +267,7 @@ def test_a_turn_that_was_cut_before_anybody_replied_has_no_target(tmp_path):
     played, experience = read(with_v(run, 0.5))
     assert not played[0].terminated and played[0].turns[-1].is_trainable
     assert experience.column("has_target").tolist() == [True] * (len(experience.episode) - 1) + [False]
-    run.credit(experience)
+    give_credit(run, experience)
     assert experience.column("advantage")[-1] == experience.column("returns")[-1] == 0
     run.train()
     assert math.isfinite(metrics(tmp_path)[0]["grad_norm"])
@@ -271,10 +276,10 @@ def test_a_turn_that_was_cut_before_anybody_replied_has_no_target(tmp_path):
 def test_the_divergence_is_taken_off_every_token(tmp_path):
     run = trainer(tmp_path, kl_weight=0.5, gae_lambda=0.0, whiten_advantages=False)
     with torch.no_grad():
-        for p in run.reference.parameters():
+        for p in run.passes.reference.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     _, experience = read(run)
-    found = run.credit(experience)
+    found = give_credit(run, experience)
     kl = experience.column("behaviour_log_prob") - experience.column("ref_log_prob")
     torch.testing.assert_close(experience.column("advantage"), experience.column("reward") - 0.5 * kl)
     assert found["kl"] == pytest.approx(kl.sum().item() / 6, rel=1e-4) and kl.abs().max() > 0.01
@@ -285,16 +290,18 @@ def test_a_run_whose_divergence_does_not_start_at_0_stops_and_names_the_cause(tm
     run = trainer(tmp_path)
     if part == "reference":
         with torch.no_grad():
-            run.reference.get_input_embeddings().weight.mul_(1.1)
+            run.passes.reference.get_input_embeddings().weight.mul_(1.1)
     else:
-        run.player.sampler.config = run.player.sampler.config.from_dict({"temperature": 0.5, "max_new_tokens": 4})
+        run.rollouts.player.sampler.config = run.rollouts.player.sampler.config.from_dict(
+            {"temperature": 0.5, "max_new_tokens": 4}
+        )
     with pytest.raises(InputError, match=f"KL at step 0: .*{message}"):
         run.train()
-    assert not (tmp_path / "metrics.jsonl").exists() and run.updates == 0
+    assert not (tmp_path / "metrics.jsonl").exists() and run.learner.updates == 0
 
 
 def with_v(run, value):
-    torch.nn.init.constant_(run.module.value_head.bias, value)
+    torch.nn.init.constant_(run.learner.module.value_head.bias, value)
     return run
 
 
@@ -313,7 +320,7 @@ def test_a_cut_episode_goes_on_in_v_and_a_finished_one_does_not(tmp_path):
         )
         played, experience = read(with_v(run, 0.5))
         assert played[0].terminated == end_by_itself
-        run.credit(experience)
+        give_credit(run, experience)
         credited.append(experience.column("advantage"))
     difference = credited[0] - credited[1]
     assert difference[-1].item() == pytest.approx(0.9 * 0.5) and not difference[:-1].any()
@@ -324,7 +331,7 @@ def test_what_the_environment_says_is_no_step(tmp_path):
     found = []
     for chatter in ("on", "on and on and on"):
         run = trainer(tmp_path, episodes=3)
-        played = run.play()
+        played = run.rollouts.play(0)
         told = [
             Trajectory(
                 tuple(Turn("user", chatter) if turn.content == "on" else turn for turn in t.turns),
@@ -335,7 +342,7 @@ def test_what_the_environment_says_is_no_step(tmp_path):
         ]
         experience = run.observe(told)
         experience.add(ref_log_prob=experience.column("behaviour_log_prob"))
-        run.credit(experience)
+        give_credit(run, experience)
         found.append(experience.column("advantage"))
     torch.testing.assert_close(*found)
 
@@ -346,7 +353,7 @@ def test_returns_come_before_whitening(tmp_path):
     for whitened in (True, False):
         run = trainer(tmp_path, whiten_advantages=whitened)
         _, experience = read(with_v(run, 0.3))
-        run.credit(experience)
+        give_credit(run, experience)
         found[whitened] = experience
     returns = found[True].column("returns")
     assert torch.equal(returns, found[False].column("returns"))
@@ -372,7 +379,9 @@ def test_scaled_scores_forget_their_unit(tmp_path):
     for one in runs:
         one.train()
     torch.testing.assert_close(weights(runs[0]), weights(runs[1]), atol=1e-5, rtol=0)
-    assert runs[1].moments.std == pytest.approx(100 * runs[0].moments.std, rel=1e-4)
+    assert Moments(*runs[1].state["moments"]).std == pytest.approx(
+        100 * Moments(*runs[0].state["moments"]).std, rel=1e-4
+    )
 
 
 def test_scores_are_clipped_behind_their_scale_and_unfinished_turns_pay(tmp_path):
@@ -383,7 +392,8 @@ def test_scores_are_clipped_behind_their_scale_and_unfinished_turns_pay(tmp_path
     logs = [Trajectory((Turn("user", "q"), turn)) for turn in turns]
 
     def scores(**settings):
-        return [t.total_return for t in trainer(tmp_path, **settings).scored(logs)]
+        args = trainer(tmp_path, **settings).args
+        return [t.total_return for t in shape_scores(logs, frozenset({close}), args, Moments())[0]]
 
     assert scores() == [2.0, 2.0]
     assert scores(unfinished_score=-1.0) == [2.0, -1.0]
@@ -406,13 +416,13 @@ def test_micro_batches_give_the_step_of_the_whole_minibatch(tmp_path):
 
 def test_every_window_is_used_as_often_as_there_are_epochs(tmp_path, monkeypatch):
     """Item 23."""
-    used, terms = [], PPOTrainer.ppo_terms
+    used, terms = [], Update.ppo_terms
 
     def counted(self, experience, index, warming):
         used.append(index)
         return terms(self, experience, index, warming)
 
-    monkeypatch.setattr(PPOTrainer, "ppo_terms", counted)
+    monkeypatch.setattr(Update, "ppo_terms", counted)
     run = trainer(tmp_path, max_steps=1, epochs=3, context=1)
     run.train()
     used = np.concatenate(used)
@@ -431,25 +441,25 @@ def test_the_learning_rate_ends_at_its_nth_part(tmp_path):
 def test_gradients_are_clipped_and_adam_takes_either_epsilon(tmp_path, monkeypatch):
     """Items 24 and 26."""
     run = trainer(tmp_path, max_steps=1, max_grad_norm=1e-3, tensorflow_eps=True)
-    seen, step = [], run.optimizer.step
+    seen, step = [], run.learner.optimizer.step
 
     def watched():
-        norm = torch.stack([p.grad.norm() for p in run.trained.values()]).norm()
-        seen.append((norm.item(), run.optimizer.param_groups[0]["eps"]))
+        norm = torch.stack([p.grad.norm() for p in run.learner.trained.values()]).norm()
+        seen.append((norm.item(), run.learner.optimizer.param_groups[0]["eps"]))
         step()
 
-    monkeypatch.setattr(run.optimizer, "step", watched)
+    monkeypatch.setattr(run.learner.optimizer, "step", watched)
     run.train()
     assert all(norm <= 1e-3 + 1e-6 for norm, _ in seen) and metrics(tmp_path)[0]["grad_norm"] > 1e-2
     assert [eps for _, eps in seen] == pytest.approx([tensorflow_adam_eps(1e-5, 0.999, k) for k in (1, 2, 3, 4)])
-    assert trainer(tmp_path).optimizer.param_groups[0]["eps"] == 1e-5
+    assert trainer(tmp_path).learner.optimizer.param_groups[0]["eps"] == 1e-5
 
 
 def test_an_update_stops_where_the_policy_is_too_far(tmp_path):
     """Item 30."""
     run = trainer(tmp_path, max_steps=1, learning_rate=1.0, epochs=4, stop_kl=0.01)
     run.train()
-    assert metrics(tmp_path)[0]["minibatches"] == run.updates < 8
+    assert metrics(tmp_path)[0]["minibatches"] == run.learner.updates < 8
 
 
 def test_a_policy_that_left_its_language_stops_the_run(tmp_path):
@@ -485,29 +495,30 @@ def test_logged_data_add_their_gradient_gamma_times(tmp_path):
     def gradient(network, **settings):
         run = trainer(tmp_path, network=network, ptx=logs, **settings)
         experience = read(run)[1]
-        run.credit(experience)
-        run.step = lambda: 0.0
-        run.minibatch(experience, np.arange(len(experience.windows)), np.random.default_rng(0))
-        return torch.cat([p.grad.flatten() for n, p in run.trained.items() if n.startswith("policy")]), run
+        give_credit(run, experience)
+        run.learner.step = lambda: 0.0
+        index = np.arange(len(experience.windows))
+        run.update.minibatch(experience, index, np.random.default_rng(0), warming=False)
+        return torch.cat([p.grad.flatten() for n, p in run.learner.trained.items() if n.startswith("policy")]), run
 
     both, _ = gradient(model(), ptx_weight=0.5)
     ppo, run = gradient(model())
-    run.optimizer.zero_grad()
+    run.learner.optimizer.zero_grad()
     ids = [i for turn in logs[0].turns for i in run.renderer.encode_turn(turn).ids]
     ids = torch.tensor([[*run.renderer.preamble_of(()), *ids]])
     said = len(run.renderer.encode_content("left up")) + 1
     labels = torch.full_like(ids, -100)
     labels[0, -said:] = ids[0, -said:]
-    run.policy(input_ids=ids, labels=labels).loss.backward()
-    lm = torch.cat([p.grad.flatten() for n, p in run.trained.items() if n.startswith("policy")])
+    run.model(input_ids=ids, labels=labels).loss.backward()
+    lm = torch.cat([p.grad.flatten() for n, p in run.learner.trained.items() if n.startswith("policy")])
     torch.testing.assert_close(both, ppo + 0.5 * lm, atol=1e-6, rtol=0)
     assert (both - ppo).abs().max() > 0.1
 
 
 def test_logged_windows_come_in_the_share_that_is_asked_for(tmp_path, monkeypatch):
     logs = [Trajectory((Turn("user", "q"), Turn("assistant", "left up")))] * 4
-    seen, terms = [], PPOTrainer.ptx_terms
-    monkeypatch.setattr(PPOTrainer, "ptx_terms", lambda self, index: seen.append(len(index)) or terms(self, index))
+    seen, terms = [], Update.ptx_terms
+    monkeypatch.setattr(Update, "ptx_terms", lambda self, index: seen.append(len(index)) or terms(self, index))
     run = trainer(tmp_path, max_steps=1, epochs=1, minibatches=1, ptx=logs, ptx_weight=0.1, ptx_examples=1.5)
     run.train()
     assert sum(seen) == 9 and max(seen) == 4  # for six episodes, four windows at once
@@ -515,9 +526,9 @@ def test_logged_windows_come_in_the_share_that_is_asked_for(tmp_path, monkeypatc
 
 def test_warm_up_moves_the_value_head_alone(tmp_path):
     run = trainer(tmp_path, max_steps=1, value_warmup=1, entropy_weight=1.0)
-    before = {name: p.detach().clone() for name, p in run.trained.items()}
+    before = {name: p.detach().clone() for name, p in run.learner.trained.items()}
     run.train()
-    moved = {name for name, p in run.trained.items() if not torch.equal(p, before[name])}
+    moved = {name for name, p in run.learner.trained.items() if not torch.equal(p, before[name])}
     assert moved and all(name.startswith("value_head") for name in moved)
 
 
@@ -531,9 +542,11 @@ def test_a_value_model_of_its_own_leaves_the_policy_alone(tmp_path):
     start = weights(runs[0])
     for one in runs:
         one.train()
-    policies = [torch.cat([p.detach().flatten() for p in one.policy.parameters()]) for one in runs]
+    policies = [torch.cat([p.detach().flatten() for p in one.model.parameters()]) for one in runs]
     torch.testing.assert_close(*policies)
-    assert any(n.startswith("value_trunk") for n in runs[1].trained) and not torch.equal(weights(runs[1]), start)
+    assert any(n.startswith("value_trunk") for n in runs[1].learner.trained) and not torch.equal(
+        weights(runs[1]), start
+    )
 
 
 def reward_run(folder, head="terminal", lora=None, steps=10, **settings):
@@ -587,7 +600,7 @@ def test_v_starts_at_the_score_of_a_reward_model_where_that_is_read(tmp_path, he
     assert (batch["input_ids"][row, closed] == run.renderer.close_id).all()
     batch["steps"] = {"row": row, "state": closed}
     with torch.no_grad():
-        found = run.module(batch)["v"].numpy()
+        found = run.learner.module(batch)["v"].numpy()
     agent = [(t, i) for t in played for i, turn in enumerate(t.turns) if turn.is_trainable]
     scorer = RewardModel.load(reward, device="cpu")  # of the same replies as text
     score = np.concatenate(scorer.score_each([(as_context(t.turns[:i]), [[t.turns[i]]]) for t, i in agent]))
@@ -601,11 +614,13 @@ def test_v_learns_on_from_a_reward_model_and_from_a_copy_of_the_policy_starts_at
     run = from_reward(tmp_path, reward)
     found = input_hashes(ModelConfig(path="x"), [], None, run.args)
     assert found["value_weights"] == weights_hash(reward) is not None
-    start = {name: p.detach().clone() for name, p in run.trained.items()}
+    start = {name: p.detach().clone() for name, p in run.learner.trained.items()}
     assert sum(name.startswith("value_trunk") for name in start) > 10
     run.train()
-    assert all(not torch.equal(p, start[name]) for name, p in run.trained.items() if name.startswith("value_head"))
-    assert not torch.equal(run.trained["value_trunk.wte.weight"], start["value_trunk.wte.weight"])
+    assert all(
+        not torch.equal(p, start[name]) for name, p in run.learner.trained.items() if name.startswith("value_head")
+    )
+    assert not torch.equal(run.learner.trained["value_trunk.wte.weight"], start["value_trunk.wte.weight"])
     _, experience = read(from_reward(tmp_path, "copy"))
     assert not experience.column("behaviour_v").any()
 
@@ -632,9 +647,9 @@ def test_a_reward_model_at_whose_score_no_v_can_start_is_refused_in_one_line(tmp
 def test_the_reference_never_moves(tmp_path):
     """Item 6."""
     run = trainer(tmp_path)
-    before = [p.clone() for p in run.reference.parameters()]
+    before = [p.clone() for p in run.passes.reference.parameters()]
     run.train()
-    assert all(torch.equal(*pair) for pair in zip(before, run.reference.parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, run.passes.reference.parameters(), strict=True))
 
 
 def test_an_adapter_has_the_model_without_it_as_reference(tmp_path):
@@ -645,11 +660,11 @@ def test_an_adapter_has_the_model_without_it_as_reference(tmp_path):
     network = model()
     network.config._name_or_path = network.name_or_path = str(tmp_path / "base")
     run = trainer(tmp_path / "run", network=network, lora=lora, episodes=3)
-    assert run.reference is None and not any("base_layer" in name for name in run.trained)
+    assert run.passes.reference is None and not any("base_layer" in name for name in run.learner.trained)
     run.train()
     _, experience = read(run)
     frozen = trainer(tmp_path / "other", episodes=3)
-    ref = frozen.observe(run.scored(run.play())).column("ref_log_prob")
+    ref = frozen.observe(run.rollouts.play(run.iteration)).column("ref_log_prob")
     torch.testing.assert_close(experience.column("ref_log_prob"), ref, atol=1e-5, rtol=0)
     assert not torch.allclose(experience.column("behaviour_log_prob"), ref)
     run.save_model(str(tmp_path / "run"))
@@ -703,13 +718,13 @@ def test_each_setting_changes_what_is_learnt_within_three_iterations(tmp_path, p
 
 def test_averaged_weights_are_the_ones_that_are_saved(tmp_path):
     run = trainer(tmp_path, max_steps=1, epochs=1, minibatches=1, ema=0.75)
-    start = run.policy.get_input_embeddings().weight.detach().clone()
+    start = run.model.get_input_embeddings().weight.detach().clone()
     run.train()
-    trained = run.policy.get_input_embeddings().weight.detach().clone()
+    trained = run.model.get_input_embeddings().weight.detach().clone()
     run.save_model(str(tmp_path))
     saved = LanguagePolicy.load(tmp_path, device="cpu").model.get_input_embeddings().weight
     torch.testing.assert_close(saved, 0.75 * start + 0.25 * trained)
-    assert torch.equal(run.policy.get_input_embeddings().weight, trained) and not torch.equal(start, trained)
+    assert torch.equal(run.model.get_input_embeddings().weight, trained) and not torch.equal(start, trained)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -727,22 +742,22 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     }
     straight = trainer(tmp_path / "straight", **settings)
     straight.train()
-    stopped, update = trainer(tmp_path / "stopped", **settings), PPOTrainer.update
+    stopped, update = trainer(tmp_path / "stopped", **settings), Update.run
 
-    def killed(self, experience):
-        found = update(self, experience)
-        if self.iteration == 3:
+    def killed(self, experience, iteration):
+        found = update(self, experience, iteration)
+        if iteration == 3:
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(PPOTrainer, "update", killed)
+    monkeypatch.setattr(Update, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     monkeypatch.undo()
     resumed = trainer(tmp_path / "stopped", **settings)
     resumed.train(str(tmp_path / "stopped" / "checkpoint-2"))
     assert torch.equal(weights(resumed), weights(straight))
-    assert all(torch.equal(resumed.average[name], value) for name, value in straight.average.items())
+    assert all(torch.equal(resumed.learner.average[name], value) for name, value in straight.learner.average.items())
     assert without_times(metrics(tmp_path / "stopped")) == without_times(metrics(tmp_path / "straight"))
     assert resumed.costs() == straight.costs()
     resumed.train(str(tmp_path / "stopped" / f"checkpoint-{resumed.iteration}"))
@@ -769,7 +784,7 @@ def test_an_environment_that_never_ends_is_cut(tmp_path):
         def step(self, text):
             return StepResult((Turn("user", "on"),), 1.0, False, False)
 
-    played = trainer(tmp_path, Endless, max_turns=3, episodes=2).play()
+    played = trainer(tmp_path, Endless, max_turns=3, episodes=2).rollouts.play(0)
     assert all(not t.terminated and sum(turn.is_trainable for turn in t.turns) == 3 for t in played)
 
 

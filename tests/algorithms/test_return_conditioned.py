@@ -126,7 +126,7 @@ def test_it_starts_from_another_run_and_keeps_its_values_as_they_are(tmp_path, a
     for name, value in heads.items():
         assert torch.equal(loaded.state_dict()[name], value), name
     if algorithm == "ilql":
-        assert run.scale.to_dict() == loaded.config.offline_lmrl["reward_scale"]
+        assert run.encoder.scale.to_dict() == loaded.config.offline_lmrl["reward_scale"]
         reply(tmp_path / "run", ask="auto", beta=1.0, condition_scale=0.5)
 
 
@@ -204,7 +204,7 @@ def test_heads_and_replies_of_the_environment_add_to_the_loss_by_their_weights(t
         "outcome_mask": torch.tensor([False, True]),
         "environment_log_prob": torch.tensor([-4.0, -4.0]),
     }
-    loss, logged = run.loss_terms(outputs, steps)
+    loss, logged = run.losses(outputs, {"steps": steps})
     assert loss.tolist() == [2.0, 3.0, 4.0, 45.0]  # 1 more each for .5 · 8 / 4, and 2 · 20 where the turn counts
     assert logged["loss/returns"].tolist() == [20.0] and logged["loss/environment"].tolist() == [4.0, 4.0]
 

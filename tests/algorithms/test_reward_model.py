@@ -256,7 +256,7 @@ def test_scores_of_the_replies_of_reference_are_normalised(tmp_path, normalise):
 
 def test_each_loss_takes_its_own_kind_of_data(tmp_path):
     write_trajectories(tmp_path / "rated.jsonl", RATED)
-    assert RewardModelTrainer.read_rows(config(tmp_path, processes=2), tmp_path / "rated.jsonl") == RATED
+    assert config(tmp_path, processes=2).read_rows(tmp_path / "rated.jsonl") == RATED
     with pytest.raises(InputError, match="loss: found pairs with scored trajectories, expected comparisons"):
         trainer(tmp_path, RATED)
     with pytest.raises(InputError, match="loss: found regression with comparisons, expected scored trajectories"):
@@ -283,7 +283,7 @@ def test_two_options_cost_the_same_under_every_loss(tmp_path):
     losses = []
     for loss in ("pairs", "best_of_k", "plackett_luce"):
         made = trainer(tmp_path, loss=loss)
-        losses.append(made.losses(made.model.eval(), batch_of(made))[0])
+        losses.append(made.losses(made.outputs(made.model.eval(), batch_of(made)), batch_of(made))[0])
     assert_close(losses[0], losses[1])
     assert_close(losses[0], losses[2])
 
@@ -336,9 +336,9 @@ def test_weights_count_relative_to_their_mean_and_a_surplus_batch_for_nothing(tm
     made = trainer(tmp_path, RANKED)
     assert made.train_dataset.weight.tolist() == pytest.approx([0.6, 0.6, 1.8])
     surplus = made.train_dataset.surplus_batch()
-    loss, logged = made.losses(made.model, surplus)
-    assert made.items_in(surplus) == 0 and loss.tolist() == [0.0] and logged["accuracy"].numel() == 0
-    assert made.items_in(batch_of(made)) == 3
+    loss, logged = made.losses(made.outputs(made.model, surplus), surplus)
+    assert made.train_dataset.items_in(surplus) == 0 and loss.tolist() == [0.0] and logged["accuracy"].numel() == 0
+    assert made.train_dataset.items_in(batch_of(made)) == 3
 
 
 def test_a_bootstrap_sample_is_as_large_as_the_data_and_follows_its_seed(tmp_path):
@@ -394,7 +394,7 @@ def test_a_run_is_judged_on_what_its_bootstrap_left_out(tmp_path, normalise):
 def test_a_bootstrap_that_draws_everything_is_told_and_has_no_figures(tmp_path):
     made = trainer(tmp_path, [replace(row, group="one") for row in RULE], bootstrap=0, max_steps=1)
     made.train()
-    assert made.outcome() == {} and any("all drawn by bootstrap" in reason for reason in made.counts)
+    assert made.outcome == {} and any("all drawn by bootstrap" in reason for reason in made.counts)
 
 
 def test_left_out_rows_that_do_not_fit_leave_a_run_without_figures_and_stop_no_training(tmp_path):
@@ -403,7 +403,7 @@ def test_left_out_rows_that_do_not_fit_leave_a_run_without_figures_and_stop_no_t
     rows = [replace(row if i // 3 in groups else long, group=f"g{i // 3}") for i, row in enumerate(RULE)]
     made = trainer(tmp_path, rows, bootstrap=5, max_steps=1)
     made.train()
-    assert made.outcome() == {} and any("left out, useless to measure the run" in reason for reason in made.counts)
+    assert made.outcome == {} and any("left out, useless to measure the run" in reason for reason in made.counts)
 
 
 def test_ratings_that_were_left_out_are_judged_in_their_unit(tmp_path):
@@ -413,7 +413,7 @@ def test_ratings_that_were_left_out_are_judged_in_their_unit(tmp_path):
     bias = made.model.config.offline_lmrl["reward"]["bias"]
     found = scores(made, made.left_out.batch(range(len(left_out)))) + bias
     error = np.mean([abs(score - row.total_return) for score, row in zip(found.tolist(), left_out, strict=True)])
-    assert made.outcome()["oob_error"] == pytest.approx(error, abs=1e-3)
+    assert made.outcome["oob_error"] == pytest.approx(error, abs=1e-3)
 
 
 def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path):

@@ -51,9 +51,9 @@ def test_the_initial_value_is_a_logged_return_in_the_scaled_unit(tmp_path, disco
 
 
 def test_the_shift_of_rewards_is_left_out_where_they_are_discounted(tmp_path):
-    assert trainer(ILQLTrainer, tmp_path, discount_per_turn=1.0).scale.shift == 4.0
-    assert trainer(ILQLTrainer, tmp_path, discount_per_turn=0.99).scale.shift == 0.0
-    assert trainer(ILQLTrainer, tmp_path, discount_per_turn=1.0, discount_per_token=0.99).scale.shift == 0.0
+    assert trainer(ILQLTrainer, tmp_path, discount_per_turn=1.0).encoder.scale.shift == 4.0
+    assert trainer(ILQLTrainer, tmp_path, discount_per_turn=0.99).encoder.scale.shift == 0.0
+    assert trainer(ILQLTrainer, tmp_path, discount_per_turn=1.0, discount_per_token=0.99).encoder.scale.shift == 0.0
 
 
 def saved(run, folder):
@@ -65,16 +65,18 @@ def test_values_go_on_in_the_unit_of_the_run_they_come_from(tmp_path):
     first = trainer(ILQLTrainer, tmp_path / "1", reward_scale=20.0)
     model = saved(first, tmp_path / "first")
     run = trainer(ILQLTrainer, tmp_path / "2", model)
-    assert run.scale == first.scale and run.train_dataset.mean_return == first.train_dataset.mean_return
+    assert (
+        run.encoder.scale == first.encoder.scale and run.train_dataset.mean_return == first.train_dataset.mean_return
+    )
     assert run.model.config.offline_lmrl["reward_scale"]["scale"] == 20.0
-    assert trainer(ILQLTrainer, tmp_path / "3", model, reward_scale=20.0).scale == first.scale
+    assert trainer(ILQLTrainer, tmp_path / "3", model, reward_scale=20.0).encoder.scale == first.encoder.scale
     with pytest.raises(InputError, match="reward_scale: found 5.0, expected 20, the scale of the model's value heads"):
         trainer(ILQLTrainer, tmp_path / "4", model, reward_scale=5.0)
 
 
 def test_values_of_shifted_rewards_are_refused_where_the_shift_would_change_the_task(tmp_path):
     model = saved(trainer(ILQLTrainer, tmp_path / "1", discount_per_turn=1.0), tmp_path / "first")
-    assert trainer(ILQLTrainer, tmp_path / "2", model, discount_per_turn=1.0).scale.shift == 4.0
+    assert trainer(ILQLTrainer, tmp_path / "2", model, discount_per_turn=1.0).encoder.scale.shift == 4.0
     longer = [*LOGS, episode(1.0, 2.0, 3.0)]
     for settings in ({"discount_per_turn": 0.99}, {"discount_per_turn": 1.0, "logs": longer}):
         with pytest.raises(InputError, match="trained on rewards shifted by 4"):

@@ -57,7 +57,9 @@ def test_tokens_per_second_of_ppo_rollouts_over_the_sampler_alone(tmp_path):
     histories = [[Turn("user", prompts[seed % len(prompts)])] for seed in seeds]
 
     def alone():
-        run.player.start(seeds).reply(seeds, histories)
+        run.rollouts.player.start(seeds).reply(seeds, histories)
 
     # Untrained, it hardly ever ends a reply: both draw 64 times 32 tokens.
-    report("tokens per second of PPO's rollout phase over the sampler alone", paired(alone, run.play))
+    report(
+        "tokens per second of PPO's rollout phase over the sampler alone", paired(alone, lambda: run.rollouts.play(0))
+    )

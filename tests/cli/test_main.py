@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import transformers
@@ -17,9 +18,10 @@ from transformers import TrainingArguments
 
 from offline_lmrl import read_trajectories
 from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
-from offline_lmrl.cli import main as cli
+from offline_lmrl.cli import main
 from offline_lmrl.cli.data import SOURCES, prepare_from_settings
-from offline_lmrl.cli.parser import Parser, field_help, nearest, overrides_of, read_settings
+from offline_lmrl.cli.main import COMMANDS
+from offline_lmrl.cli.parser import Command, overrides_of, read_settings, ready
 from offline_lmrl.cli.play import read_prompts
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import MethodConfig
@@ -29,7 +31,7 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.run import DataConfig, ModelConfig
-from offline_lmrl.settings import setting
+from offline_lmrl.settings import REQUIRED, Parameter, all_settings, nearest, parameters_of, setting
 from offline_lmrl.tasks.hidden_rule import HiddenRule
 from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.tokenizers import train_tokenizer
@@ -52,7 +54,7 @@ def command(capsys, monkeypatch):
     def run(*arguments, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -90,7 +92,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     rows = [{**GOOD, "completion": side, "reward": float(side == "left")} for side in ("left", "right") * 4]
     file = write_train_file(folder, write_rows(folder / "data.jsonl", *rows), folder / "run")
-    assert cli.main(["train", str(file)]) == 0
+    assert main(["train", str(file)]) == 0
     return folder
 
 
@@ -213,9 +215,9 @@ def test_a_damaged_run_is_refused_in_one_line_by_all_that_open_one(refused, trai
     else:
         (run / file).write_text(json.dumps(json.loads((run / file).read_text()) | content))
     for arguments in (
-        ("evaluate", run, "--environment", "gamble"),
+        ("evaluate", "play", run, "--environment", "gamble"),
         ("generate", run),
-        ("evaluate", run, "--data", trained / "data.jsonl"),
+        ("evaluate", "logs", run, "--data", trained / "data.jsonl"),
         ("export", run, "--output", tmp_path / "out", "--q_reduce", "mean", "--support", "0"),
     ):
         assert said in refused(*arguments, stdin="left or right?")
@@ -251,9 +253,9 @@ def test_rows_longer_than_the_context_are_refused(refused, tmp_path):
         ("learning_rate", 1, "learning_rate: found a setting that does not exist; did you mean 'args.learning_rate'?"),
         ("args", {"expectile": 1.5}, "expectile: found 1.5, expected "),
         ("args", {"expectile": float("nan")}, "expectile: found nan, expected "),
-        ("args", {"context": "two"}, "args.context: found two, expected int or null"),
-        ("args", {"value_heads": "cubic"}, "args.value_heads: found cubic, expected one of 'tied', 'linear', 'mlp'"),
-        ("args", {"learning_rate": None}, "args.learning_rate: found null, expected a value such as "),
+        ("args", {"context": "two"}, "args.context: found 'two', expected a whole number or null"),
+        ("args", {"value_heads": "cubic"}, "args.value_heads: found 'cubic', expected one of tied, linear, mlp"),
+        ("args", {"learning_rate": None}, "args.learning_rate: found null, expected a finite number"),
         ("args", 3, "args: found 3, expected a mapping of settings"),
         ("model", {"path": "here"}, "expected exactly one of them"),
         ("algorithm", "dqn", "algorithm: found 'dqn', expected one of bc, ilql"),
@@ -280,10 +282,10 @@ def test_file_that_is_no_mapping_is_refused(refused, tmp_path, text):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--args.lerning_rate", "1"], "--args.lerning_rate: found a setting that does not exist; did you mean "),
-        (["--args.learning", "1"], "--args.learning: found a setting that does not exist"),  # no abbreviations
-        (["--args.stride=x"], "args.stride: found x, expected int"),
-        (["--args.stride"], "--args.stride: expected one argument"),
+        (["--args.lerning_rate", "1"], "args.lerning_rate: found a setting that does not exist; did you mean "),
+        (["--args.learning", "1"], "args.learning: found a setting that does not exist"),  # no abbreviations
+        (["--args.stride=x"], "args.stride: found 'x', expected a whole number"),
+        (["--args.stride"], "--args.stride: found nothing after it, expected a value"),
         (["more.yaml"], "found 'more.yaml' among the settings, expected --key value pairs"),
     ],
 )
@@ -296,8 +298,10 @@ def test_unknown_names_are_refused_with_the_nearest(refused, trained):
     assert refused("prepare", "maz", "--output", "x").endswith("did you mean 'maze'?")
     for name in ("config", "train", "compare"):
         assert refused(name, "maze/ful").endswith("did you mean 'maze/full'?")
-    assert "'maze'" in refused("evaluate", trained / "run", "--environment", "maez")
-    assert "settings" in refused("evaluate", trained / "run", "--environment", "maze", "--setings.observed", "full")
+    assert "'maze'" in refused("evaluate", "play", trained / "run", "--environment", "maez")
+    assert "settings" in refused(
+        "evaluate", "play", trained / "run", "--environment", "maze", "--setings.observed", "full"
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,20 +311,20 @@ def test_unknown_names_are_refused_with_the_nearest(refused, trained):
         (["--environment", "gamble", "--temperature", "-1"], "temperature: found -1.0"),
         (["--environment", "gamble", "--top_p", "1.5"], "top_p: found 1.5"),
         (["--data", "DATA", "--show", "9"], "show: found 9, expected 1 to 8"),
-        (["--show", "1", "--environment", "gamble"], "show: "),
+        (["--show", "1", "--environment", "gamble"], "data: missing, expected `offline-lmrl evaluate logs RUN"),
         (["--environment", "gamble", "--planner.depth", "0"], "depth: found 0"),
         (["--environment", "gamble", "--planner.wdth", "2"], "did you mean"),
-        (["--data", "DATA", "--planner.width", "2"], "planner: found it with no --environment"),
+        (["--data", "DATA", "--planner.width", "2"], "environment: missing, expected `offline-lmrl evaluate play RUN"),
         (["--environment", "gamble", "--planner.width", "2", "--ask", "max"], "ask: found 'max' with --planner"),
         (["--environment", "gamble", "--asks", "[0, 1]", "--ask", "2"], "ask: found 2.0 with --asks"),
         (["--environment", "gamble", "--asks", "[]"], "asks: found none, expected a list of returns to request"),
-        (["--data", "DATA", "--asks", "[0]"], "asks: found some without --environment"),
+        (["--data", "DATA", "--asks", "[0]"], "environment: missing, expected `offline-lmrl evaluate play RUN"),
         (["--environment", "gamble", "--asks", "[0]", "--output", "x.png"], "output: found x.png with --asks"),
         (
             ["--environment", "gamble", "--demonstrations", "DATA"],
             "environment: found Gamble, which has no method task",
         ),
-        ([], "environment, data: found neither"),
+        ([], "expected play, logs or scorer"),
     ],
 )
 def test_bad_number_is_refused_before_the_model_is_loaded(refused, trained, monkeypatch, arguments, said):
@@ -329,13 +333,13 @@ def test_bad_number_is_refused_before_the_model_is_loaded(refused, trained, monk
     assert said in refused("evaluate", trained / "run", *arguments)
 
 
-@pytest.mark.parametrize(("name", "how"), [("evaluate", ["--environment", "gamble"]), ("generate", ["--chat"])])
+@pytest.mark.parametrize(("name", "how"), [("evaluate play", ["--environment", "gamble"]), ("generate", ["--chat"])])
 def test_the_task_decides_which_returns_can_be_asked_for(refused, trained, monkeypatch, name, how):
     def load(run, task, **_):
         raise InputError(f"played: {task}")
 
     monkeypatch.setattr("offline_lmrl.decoding.policy.LanguagePolicy.load", load)
-    assert "played: maze" in refused(name, trained / "run", *how, "--task", "maze")
+    assert "played: maze" in refused(*name.split(), trained / "run", *how, "--task", "maze")
 
 
 def test_a_device_that_is_not_there_is_refused(refused, trained):
@@ -354,10 +358,11 @@ def test_path_that_cannot_be_written_is_refused(refused, trained, tmp_path):
     blocked = write_rows(tmp_path / "file", "a file, not a folder") / "out"
     assert str(blocked) in refused("prepare", "maze", "--episodes", 4, "--output", blocked)
     assert str(blocked) in refused("train", trained / "train.yaml", "--args.output_dir", blocked)
-    for arguments in (["generate"], ["evaluate", "--environment", "gamble"]):
-        name, *rest = arguments
-        assert str(blocked) in refused(name, trained / "run", *rest, "--output", blocked, stdin="hi")
-        assert refused(name, trained / "run", *rest, "--output", ".", stdin="hi").startswith("output: found .")
+    for name, rest in (("generate", []), ("evaluate play", ["--environment", "gamble"])):
+        assert str(blocked) in refused(*name.split(), trained / "run", *rest, "--output", blocked, stdin="hi")
+        assert refused(*name.split(), trained / "run", *rest, "--output", ".", stdin="hi").startswith(
+            "output: found ."
+        )
     said = refused("generate", trained / "run", "--output", tmp_path, stdin="hi")
     assert said == f"output: found the folder {tmp_path}, expected a file"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -401,23 +406,23 @@ def test_bad_input_prints_one_line_from_a_shell_too(tmp_path):
 def test_top_level_help_names_every_command(command):
     code, out, _ = command("--help")
     assert code == 0
-    assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in cli.COMMANDS)
+    assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in COMMANDS)
     assert re.search("^  train .*: bc, .*reward_model$", out, re.MULTILINE)
     assert command()[0] == 2
 
 
 def test_train_help_is_about_the_algorithm(capsys):
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["train", "--algorithm", "bc", "--help"])
+        main(["train", "--algorithm", "bc", "--help"])
     out = capsys.readouterr().out
     assert "--args.keep_share" in out and "--args.expectile" not in out and "--args.output_dir" not in out
 
 
 def test_interrupt_exits_130_without_a_traceback(command, monkeypatch):
-    def interrupted(argv):
+    def interrupted(name, argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_command", lambda name: interrupted)
+    monkeypatch.setattr(sys.modules["offline_lmrl.cli.main"], "_run", interrupted)
     assert command("train") == (130, "", "interrupted\n")
 
 
@@ -440,14 +445,14 @@ def test_dry_run_says_what_would_run(command, trained, tmp_path):
 
 def test_evaluate_plays_an_environment_and_saves_what_can_be_trained_on(command, trained, tmp_path):
     settings = ("--environment", "gamble", "--episodes", 3, "--max_new_tokens", 3)
-    code, out, _ = command("evaluate", trained / "run", *settings, "--output", tmp_path / "played.jsonl")
+    code, out, _ = command("evaluate", "play", trained / "run", *settings, "--output", tmp_path / "played.jsonl")
     assert code == 0 and out.startswith("score: ") and "\nn: 3\n" in out
     assert len(read_trajectories(tmp_path / "played.jsonl")) == 3
 
 
 def test_evaluate_plays_what_is_planned(command, trained):
     settings = ("--environment", "gamble", "--episodes", 2, "--max_new_tokens", 3, "--planner.expand", 2)
-    code, out, _ = command("evaluate", trained / "run", *settings, "--planner.scorer", trained / "run")
+    code, out, _ = command("evaluate", "play", trained / "run", *settings, "--planner.scorer", trained / "run")
     assert code == 0 and "\nplanned_tokens: " in out
 
 
@@ -461,14 +466,14 @@ def test_evaluate_plays_every_episode_behind_a_demonstration_of_its_task(command
 
     monkeypatch.setattr(LanguagePolicy, "start", watched)
     play = ("--environment", "hidden_rule", "--episodes", 3, "--max_new_tokens", 3)
-    code, out, _ = command("evaluate", trained / "run", *play, "--demonstrations", shown)
+    code, out, _ = command("evaluate", "play", trained / "run", *play, "--demonstrations", shown)
     assert code == 0 and "\nn: 3\n" in out and read == [HiddenRule().task(seed) for seed in range(3)]
 
 
 def test_evaluate_reads_held_out_logs(command, trained):
-    code, out, _ = command("evaluate", trained / "run", "--data", trained / "data.jsonl", "--betas", "[1, 2]")
+    code, out, _ = command("evaluate", "logs", trained / "run", "--data", trained / "data.jsonl", "--betas", "[1, 2]")
     assert code == 0 and out.startswith("8 trajectories, ")
-    code, out, _ = command("evaluate", trained / "run", "--data", trained / "data.jsonl", "--show", 2)
+    code, out, _ = command("evaluate", "logs", trained / "run", "--data", trained / "data.jsonl", "--show", 2)
     assert code == 0 and "assistant: right   [reward 0]" in out
 
 
@@ -554,18 +559,18 @@ def test_prepare_block_of_a_comparison_is_typed(tmp_path):
     assert (tmp_path / "maze" / "train.jsonl").exists()
     with pytest.raises(InputError, match="^prepare.episodes: found 'many', expected a whole number$"):
         prepare_from_settings({"command": "maze", "output": str(tmp_path / "other"), "episodes": "many"})
-    with pytest.raises(InputError, match="^prepare.input: missing, expected a value$"):
+    with pytest.raises(InputError, match="^prepare.input: missing, expected text or a path$"):
         prepare_from_settings({"command": "kto", "output": str(tmp_path / "other")})
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_names_what_it_needs_and_refuses_what_none_can_use(refused, capsys, tmp_path, source):
     with pytest.raises(SystemExit):
-        cli.main(["prepare", source, "--help"])
+        main(["prepare", source, "--help"])
     text = capsys.readouterr().out
     needed = re.findall(r"--(\w+) [A-Z]", text.splitlines()[0])
     assert "output" in needed
-    assert refused("prepare", source).startswith(f"{', '.join(needed)}: missing, expected `offline-lmrl prepare")
+    assert refused("prepare", source).startswith(f"{needed[0]}: missing, expected `offline-lmrl prepare")
     given = {"input": tmp_path / "none.jsonl", "output": tmp_path / "out", "task": "count", "tokenizer": "none"}
 
     def said(**settings):
@@ -577,8 +582,8 @@ def test_every_source_names_what_it_needs_and_refuses_what_none_can_use(refused,
     if "--validation" in text:
         for share in ("1.5", "-0.1", "1.0"):
             assert said(validation=share) == f"validation: found {share}, expected 0 to below 1"
-        assert said(validation=".nan") == "validation: found nan, expected 0 to below 1"
-        assert said(validation="inf") == "validation: found inf, expected a finite number"
+        assert said(validation=".nan") == "validation: found nan, expected a finite number"
+        assert said(validation="inf") == "validation: found 'inf', expected a finite number"
 
 
 def test_config_lists_and_prints_the_shipped_files(command):
@@ -597,10 +602,13 @@ def test_nearest_prefers_the_right_name_in_another_group():
     assert nearest("xyz", ["data.feed", "args.seed"]) == ""
 
 
-def test_overrides_are_read_as_yaml():
-    assert overrides_of(["--a.b", "1e-3", "--c=[1, 2]", "--d", "null"]) == {"a.b": 1e-3, "c": [1, 2], "d": None}
-    with pytest.raises(InputError, match="--a: found nothing after it"):
-        overrides_of(["--a"])
+def test_overrides_are_text_with_the_value_that_yaml_reads_in_it():
+    found = overrides_of(["--a.b", "1e-3", "--c=[1, 2]", "--d", "null", "--e", "{x", "--f", "-1"])
+    assert found == {"a.b": "1e-3", "c": "[1, 2]", "d": "null", "e": "{x", "f": "-1"}
+    assert [word.value for word in found.values()] == [1e-3, [1, 2], None, "{x", -1]
+    for words in (["--a"], ["--a", "--b", "1"]):
+        with pytest.raises(InputError, match="--a: found nothing after it"):
+            overrides_of(words)
 
 
 @dataclass
@@ -621,23 +629,13 @@ class Ours(Base):
     other: int = setting(2, "Another default.")
 
 
-def test_field_help_comes_from_the_fields():
-    assert field_help(Ours, "a.") == {
-        "a.old": "A field of the base.",
-        "a.other": "Another default.",
-        "a.new": "A new field.",
-        "a.newer": "A field that may be null.",
-        "a.newer.deep": "A field of a field.",
-    }
-
-
 CONFIGS = [*(load_algorithm(name)[0] for name in ALGORITHMS), ModelConfig, DataConfig, DecodingConfig, PlannerConfig]
 CONFIGS += [CompareConfig, MethodConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_setting_has_a_help_text_and_no_two_share_a_sentence(config):
-    texts = field_help(config)
+    texts = {name: one.help for name, one in all_settings(parameters_of(config)) if one.help}
     assert {field.name for field in fields(config)} <= set(texts)
     theirs = TrainingArguments.__dataclass_fields__
     ours = {name: text for name, text in texts.items() if name.partition(".")[0] not in theirs}
@@ -647,11 +645,78 @@ def test_every_setting_has_a_help_text_and_no_two_share_a_sentence(config):
 
 
 def test_help_shows_our_fields_first_and_inherited_ones_on_request():
-    short, full = Parser("x"), Parser("x")
-    short.add_dataclass(Ours, "a", Base, show_base=False)
-    full.add_dataclass(Ours, "a", Base)
-    assert re.findall(r"--a\.(\w+)", short.format_help()) == ["other", "new", "newer"]
-    assert re.findall(r"--a\.(\w+)", full.format_help()) == ["other", "new", "newer", "old"]
+    command = Command("x", {"a": Parameter(Ours), "flag": Parameter(bool, False, "A %.")}, inherited={"a.old"})
+    for everything, names in ((False, []), (True, ["old"])):
+        text = command.help(everything)
+        assert re.findall(r"--a\.([\w.]+)", text) == ["other", "new", *names, "newer.deep"]
+        assert "--flag [{true,false}]" in text and "A %. (true or false; default: false)" in text
+    assert "Another default. (a whole number; default: 2)" in " ".join(text.split())
+
+
+def function(data: list[str], rate: float = 0.5, *, output: Path, kind: Literal["a", "b"] = "a", fast: bool = False):
+    """Do something.
+
+    Args:
+      data: files
+        to read.
+      rate: a rate.
+    Raises: nothing.
+    """
+
+
+@dataclass
+class Config:
+    """Do something else."""
+
+    run: str = setting(REQUIRED, "A run.")
+    decoding: dict = setting(dict, "Settings.")
+
+
+def measure(config: Config):
+    """Measure."""
+    return config
+
+
+def test_a_function_gives_the_settings_of_a_command_and_their_help(capsys):
+    def command(*words):
+        return ready("do", function, words, ("data",)).keywords
+
+    with pytest.raises(SystemExit, match="0"):
+        command("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: offline-lmrl do DATA ... --output OUTPUT [--key value ...] Do something. settings:")
+    assert "files to read. (a list)" in text and "--kind {a,b}" in text and "nothing" not in text
+    found = {"data": ["5", "b"], "rate": 1.0, "output": Path("7"), "fast": True}
+    assert command("5", "b", "--rate", "1", "--output=7", "--fast") == found
+    assert command("5", "--fast", "b", "--fast", "false", "--output", "7")["fast"] is False
+    for words, message in (
+        (["--output", "x"], "data: missing, expected `offline-lmrl do DATA ... --output OUTPUT"),
+        (["a"], "output: missing, expected `offline-lmrl do"),
+        (["a", "--output", "x", "--kind", "c"], "kind: found 'c', expected one of a, b"),
+        (["a", "--output", "x", "--rate"], "--rate: found nothing after it, expected a value"),
+    ):
+        with pytest.raises(InputError, match=message):
+            command(*words)
+
+
+def test_a_config_gives_the_settings_of_a_command_and_decoding_is_given_by_flags():
+    assert ready("do", measure, ["7", "--beta", "2", "--stop", "[x]"], ("run",))() == Config(
+        "7", {"beta": 2.0, "stop": ("x",)}
+    )
+    with pytest.raises(InputError, match="^bet: found a setting that does not exist; did you mean 'beta'"):
+        ready("do", measure, ["7", "--bet", "2"], ("run",))
+
+
+def test_an_error_names_the_file_if_the_value_is_from_it():
+    command = Command("x", {"few": Parameter(FewShotConfig), "rate": Parameter(float, 1.0)}, takes_file=True)
+    for settings, words, message in (
+        ({"rate": "x"}, [], "f.yaml: rate: found 'x'"),
+        ({"rate": "x"}, ["--rate", "y"], "rate: found 'y'"),
+        ({"few": {"n": 0}}, ["--rate", "2"], "f.yaml: few_shot.n: found 0"),
+        ({"few": {"n": 0}}, ["--few.n", "x"], "few.n: found 'x'"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            command.read(words, settings, "f.yaml")
 
 
 @dataclass
@@ -661,9 +726,7 @@ class WithPrompt:
 
 def test_a_group_that_may_be_null_is_read_and_checked():
     def parsed(*argv, **settings):
-        parser = Parser("x")
-        parser.add_dataclass(WithPrompt, "args")
-        return parser.parse(argv, settings, "f.yaml").args.few_shot
+        return Command("x", {"args": Parameter(WithPrompt)}).read(argv, settings, "f.yaml")["args"].few_shot
 
     assert parsed() is None
     assert parsed("--args.few_shot.n", "2", "--args.few_shot.part", "last") == FewShotConfig(n=2, part="last")
@@ -676,7 +739,9 @@ def test_a_group_that_may_be_null_is_read_and_checked():
         parsed("--args.few_shot.n", "0", args=file)
     with pytest.raises(InputError, match="^few_shot.n: found 0, expected at least 1$"):
         parsed("--args.few_shot.n", "0")
-    with pytest.raises(InputError, match="partt: found a setting that does not exist; did you mean 'part'"):
+    with pytest.raises(
+        InputError, match="partt: found a setting that does not exist; did you mean 'args.few_shot.part'"
+    ):
         parsed(args={"few_shot": {"partt": "last"}})
 
 

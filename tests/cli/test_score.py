@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from offline_lmrl.cli import main as cli
+from offline_lmrl.cli import main
 from offline_lmrl.decoding.policy import LanguageSession
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import read_comparisons, read_trajectories, write_comparisons, write_trajectories
@@ -35,7 +35,7 @@ def ups(context, option):
 @pytest.fixture
 def command(capsys):
     def run(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -108,13 +108,13 @@ def test_the_data_are_not_written_over(command, pairs, tmp_path):
         ("relabel", (pairs, "--scorer", LENGTH)),
         ("select", (pairs, "--scorer", ensemble)),
         ("relabel", (tmp_path, "--scorer", LENGTH)),
-        ("evaluate", (LENGTH, "--data", pairs)),
+        ("evaluate scorer", (LENGTH, "--data", pairs)),
         ("generate", ("run", "--prompts", pairs)),
     ):
-        code, _, err = command(name, *more, "--output", tmp_path / "x" / ".." / pairs.name)
+        code, _, err = command(*name.split(), *more, "--output", tmp_path / "x" / ".." / pairs.name)
         assert code == 2 and "which is or is in the input " in err and pairs.read_bytes() == before
     (tmp_path / "there").mkdir()
-    code, _, err = command("evaluate", LENGTH, "--data", pairs, "--output", tmp_path / "there")
+    code, _, err = command("evaluate", "scorer", LENGTH, "--data", pairs, "--output", tmp_path / "there")
     assert code == 2 and err.startswith("error: output: found the folder ")
 
 
@@ -130,7 +130,8 @@ def test_several_splits_become_several_files(command, pairs, tmp_path):
     assert code == 2 and err.endswith("new.jsonl for the splits train, validation, expected a folder\n")
     ensemble = ("--scorer", f"{{kind: ensemble, scorers: [{LENGTH}, {UP}]}}", "--output", tmp_path / "ask.jsonl")
     assert command("select", folder, *ensemble, "--split", "train")[1].startswith("pairs: 2\n")
-    assert command("evaluate", UP, "--data", folder, "--split", "validation")[1].startswith("comparisons: 2\n")
+    _, out, _ = command("evaluate", "scorer", UP, "--data", folder, "--split", "validation")
+    assert out.startswith("comparisons: 2\n")
     assert "split: found none chosen, expected one of train, validation" in command("select", folder, *ensemble)[2]
 
 
@@ -144,14 +145,15 @@ def test_select_writes_what_the_ensemble_disputes(command, pairs, tmp_path):
 
 
 def test_evaluate_says_how_often_a_scorer_agrees(command, pairs, tmp_path):
-    code, out, _ = command("evaluate", UP, "--data", pairs)
+    code, out, _ = command("evaluate", "scorer", UP, "--data", pairs)
     assert code == 0 and "accuracy: 0.750 [" in out and "  the longer reply: 0.250 [" in out
-    assert command("evaluate", UP, "--data", pairs, "--output", tmp_path / "facts.json")[1] == out
+    assert command("evaluate", "scorer", UP, "--data", pairs, "--output", tmp_path / "facts.json")[1] == out
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["pairs"] == 2 and f"accuracy: {facts['accuracy']}" in out
     for more in (("--beta", 4), ("--fqe", 5), ("--environment", "maze")):
-        code, _, err = command("evaluate", UP, "--data", pairs, *more)
-        assert code == 2 and err.startswith(f"error: {more[0][2:]}: found ") and "expected none where a scorer" in err
+        code, _, err = command("evaluate", "scorer", UP, "--data", pairs, *more)
+        expected = "found a setting that does not exist, expected one of scorer, data"
+        assert code == 2 and err.startswith(f"error: {more[0][2:]}: {expected}")
 
 
 def test_generate_gives_the_best_of_several_replies_or_abstains(command, run, tmp_path):

@@ -6,7 +6,7 @@ import re
 import pytest
 import transformers
 
-from offline_lmrl.cli import main as cli
+from offline_lmrl.cli import main
 from offline_lmrl.logs.terminal import visible
 from tests.export.test_plain import valued_run
 
@@ -37,7 +37,7 @@ def logs(tmp_path):
 
 
 def printed(capsys, *arguments, rc=0):
-    assert cli.main([*arguments]) == rc
+    assert main([*arguments]) == rc
     out, err = capsys.readouterr()
     assert not OBEYED.search(out) and not OBEYED.search(err)
     return out + err
@@ -46,9 +46,9 @@ def printed(capsys, *arguments, rc=0):
 def test_check_and_show_print_logs_visibly(run, logs, capsys):
     assert "u001b" in printed(capsys, "check", logs, "--tokenizer", run)
     assert r"user: \u001b[2J\u001b]0;title\u0007 \u009b31m \u202eright" in printed(
-        capsys, "evaluate", run, "--data", logs, "--show", "1"
+        capsys, "evaluate", "logs", run, "--data", logs, "--show", "1"
     )
-    printed(capsys, "evaluate", run, "--data", logs)
+    printed(capsys, "evaluate", "logs", run, "--data", logs)
 
 
 def test_check_prints_comparisons_visibly(tmp_path, capsys):
@@ -60,9 +60,9 @@ def test_check_prints_comparisons_visibly(tmp_path, capsys):
 def test_generate_prints_rows_that_say_the_same_as_its_file(run, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text(f"{SAID.strip()}\nhello\n".replace("\r", ""))
     arguments = ["generate", run, "--prompts", str(tmp_path / "prompts.txt"), "--n", "8"]
-    assert cli.main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 0
     capsys.readouterr()
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     out = capsys.readouterr().out
     written = (tmp_path / "out.jsonl").read_text().strip("\n").split("\n")
     assert not OBEYED.search(out)

@@ -23,9 +23,9 @@ from data_prep.summarize_comparisons import SummarizeComparisons
 from data_prep.ultrafeedback import ASPECTS, UltraFeedback
 from data_prep.webgpt import WebGpt
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.forms import Drop
 from offline_lmrl.logs.io import read_comparisons
 from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.record import Drop
 from offline_lmrl.logs.trajectory import Turn, messages_of
 from tests.comparisons import RENDERER, check_invariants, check_other_files_are_refused, mutated_lines, read_one
 from tests.data_prep import (

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.stack_exchange import StackExchange, plain_text, vote_score
-from offline_lmrl.logs.forms import Drop
 from offline_lmrl.logs.io import read_comparisons
+from offline_lmrl.logs.record import Drop
 from tests.comparisons import check_invariants, read_one
 
 

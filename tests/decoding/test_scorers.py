@@ -33,7 +33,7 @@ from offline_lmrl.decoding.scorers import (
     weighted_sum,
 )
 from offline_lmrl.errors import InputError
-from offline_lmrl.evaluation.offline import compute_step_outputs
+from offline_lmrl.evaluation.offline import measure_logs
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import to_trajectories
 from offline_lmrl.logs.protocols import Scorer
@@ -181,7 +181,7 @@ def judge(utterance=False):
 def test_likelihood_and_advantages_are_those_of_the_logs():
     policy = judge()
     options = said("left", "up and right")
-    steps = compute_step_outputs(policy, [Trajectory((*ASKED, *option)) for option in options])
+    steps = measure_logs(policy, [Trajectory((*ASKED, *option)) for option in options])
     of = [steps.trajectory == i for i in range(2)]
     expected = [steps.log_prob[mine].sum() for mine in of]
     assert LikelihoodScorer(policy).score(ASKED, options) == pytest.approx(expected, abs=1e-4)

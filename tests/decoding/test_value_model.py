@@ -9,11 +9,12 @@ import torch
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model
 from offline_lmrl.decoding.sampler import DecodingConfig
-from offline_lmrl.decoding.value_model import compute_step_values, log_encoder, relabel
+from offline_lmrl.decoding.value_model import log_encoder, relabel
 from offline_lmrl.errors import InputError
-from offline_lmrl.evaluation.offline import compute_step_outputs
+from offline_lmrl.evaluation.offline import measure_logs
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.loading import build_model
+from offline_lmrl.models.step_outputs import compute_step_outputs
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
@@ -74,7 +75,7 @@ def returns(trajectories):
 def test_relabelled_returns_equal_those_worked_out_from_q_and_v_per_token(tmp_path, context):
     judge = critic(tmp_path, context=context)
     (first, one, cut, finished) = returns(relabel(LOGS, judge))
-    steps = compute_step_outputs(judge, LOGS)
+    steps = measure_logs(judge, LOGS)
 
     def v(trajectory, turn):
         return steps.v[(steps.trajectory == trajectory) & (steps.turn == turn)]
@@ -103,7 +104,7 @@ def test_the_q_label_is_the_smaller_target_of_the_closing_token(tmp_path):
     judge = critic(tmp_path, "linear", decoding=DecodingConfig(q_reduce="mean"))  # how the run decodes does not matter
     first, one, cut, finished = returns(relabel(LOGS, judge, "q"))
     judge.decoding = type(judge.decoding)(q_reduce="min")
-    steps = compute_step_outputs(judge, LOGS)
+    steps = measure_logs(judge, LOGS)
     closing = [
         steps.q[(steps.trajectory == i) & (steps.turn == k)][-1]
         for i in range(3)
@@ -130,7 +131,7 @@ def test_the_shift_of_rewards_is_put_back(tmp_path):
     assert log_encoder(judge).scale.shift == 2.0
     (first, second), (one,) = returns(relabel(logs, judge))
     assert one == pytest.approx(3.0, abs=1e-5) and second == pytest.approx(0.0, abs=1e-5)
-    steps = compute_step_outputs(judge, logs)
+    steps = measure_logs(judge, logs)
     v = steps.v[(steps.trajectory == 0) & (steps.turn == 3)][0]
     assert first == pytest.approx(1.0 + max(0.0, v), abs=1e-4)
 
@@ -139,13 +140,17 @@ def test_what_is_read_does_not_depend_on_batches_or_on_who_reads_which(tmp_path)
     judge = critic(tmp_path, context=2)
     columns = encode_trajectories(LOGS, log_encoder(judge), Counter())
     windows = WindowDataset(columns, 0, next_rows=True, end_rows=False)
-    whole, single = (compute_step_values(judge.model, windows, size) for size in (32, 1))
-    halves = [compute_step_values(judge.model, windows, 2, (i, 2)) for i in range(2)]
-    for name, values in whole.items():
+    want = ("target_q", "v", "next_v")
+    whole, single, *halves = (
+        compute_step_outputs(judge.model, windows, want, token_budget=budget, share=share)
+        for budget, share in ((4096, (0, 1)), (1, (0, 1)), (128, (0, 2)), (128, (1, 2)))
+    )
+    for name in want:
+        values, alone, first, second = (getattr(outputs, name) for outputs in (whole, single, *halves))
         assert len(np.unique(values)) > 5
-        np.testing.assert_allclose(single[name], values, atol=1e-5)
-        np.testing.assert_allclose(halves[0][name] + halves[1][name], values, atol=1e-5)
-        assert not (halves[0][name] * halves[1][name]).any()
+        np.testing.assert_allclose(alone, values, atol=1e-5)
+        np.testing.assert_allclose(first + second, values, atol=1e-5)
+        assert first.any() and second.any() and not (first * second).any()
 
 
 def test_wrong_labels_models_without_heads_and_turns_that_do_not_fit_are_refused(tmp_path):

@@ -122,7 +122,7 @@ def test_slow_scoring_shows_its_progress(capsys, monkeypatch):
         ({"prompts": ["a"], "reward": "lengths"}, "expected package.module:function"),
         ({"prompts": ["a"], "reward": 3}, "expected a function or a Scorer"),
         ({"prompts": ["a"], "reward": lengths, "batch_size": 0}, "batch_size: found 0"),
-        ({"prompts": [5], "reward": lengths}, "found 5, expected a text"),
+        ({"prompts": [5], "reward": lengths}, "found 5, expected text or a list of messages"),
     ],
 )
 def test_a_prompt_set_that_cannot_be_used_says_why(settings, message):

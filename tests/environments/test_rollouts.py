@@ -199,7 +199,7 @@ def test_your_own_environment_is_found_by_its_dotted_name(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "name, settings, message",
     [
-        ("mase", {}, "found 'mase', expected a known name, such as 'maze'"),
+        ("mase", {}, "found 'mase', expected package.module:Class or one of maze, .*did you mean 'maze'"),
         ("no.such.module:Class", {}, "cannot be imported"),
         ("offline_lmrl.tasks.corridor:Corridr", {}, "has no Corridr"),
         ("math:Corridor", {}, "has no Corridor"),

@@ -93,7 +93,7 @@ def test_the_command_asks_for_one_return_after_the_other(tmp_path, capsys):
     ]
     assert main(["train", *settings]) in (0, None)
     capsys.readouterr()
-    play = ["evaluate", str(run), "--environment", "count", "--episodes", "4", "--max_new_tokens", "2"]
+    play = ["evaluate", "play", str(run), "--environment", "count", "--episodes", "4", "--max_new_tokens", "2"]
     output = tmp_path / "asks.jsonl"
     assert main([*play, "--asks", "[2, p50, max]", "--output", str(output)]) in (0, None)
     rows = [json.loads(line) for line in output.read_text().splitlines()]

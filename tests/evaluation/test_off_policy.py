@@ -11,13 +11,13 @@ import transformers
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.cli.main import main
+from offline_lmrl.decoding.distribution import next_token
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation import off_policy
 from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
-from offline_lmrl.evaluation.offline import acting_log_prob
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -76,7 +76,7 @@ def chance_of_b(policy, state):
     ids = [[*renderer.preamble_of(()), *renderer.encode_turn(state[-1]).ids, *renderer.agent_opening]]
     with torch.no_grad():
         logits, _ = policy.model.eval().forward_with_hidden(input_ids=torch.tensor(ids))
-    log_prob = acting_log_prob(policy, logits.logits[0, -1:], None, None)[0]
+    log_prob = next_token(logits.logits[0, -1], policy.decoding).scores
     a, b = (policy.renderer.encode_content(letter)[0] for letter in "ab")
     assert log_prob[[a, b]].exp().sum().item() == pytest.approx(1, abs=1e-6)
     return log_prob[b].exp().item()
@@ -115,7 +115,7 @@ def test_fits_are_drawn_anew_and_the_same_again(policy):
 def stand_in(monkeypatch, log_prob, n):
     """What reading logs of one token per turn says."""
     steps = SimpleNamespace(trajectory=np.arange(n), turn=np.ones(n, dtype=int), acting_log_prob=np.array(log_prob))
-    monkeypatch.setattr(off_policy, "compute_step_outputs", lambda *_: steps)
+    monkeypatch.setattr(off_policy, "measure_logs", lambda *_: steps)
     model = SimpleNamespace(config=SimpleNamespace(offline_lmrl={}))
     return SimpleNamespace(return_tokens=None, model=model, renderer=SimpleNamespace(fingerprint="me"))
 
@@ -210,13 +210,13 @@ def test_evaluate_prints_them_below_what_logs_say(clone, policy, tmp_path, capsy
     write_trajectories(tmp_path / "played.jsonl", played)
     write_trajectories(tmp_path / "plain.jsonl", ENDS)
     form = ["--support", "0.05", "--max_new_tokens", "3", "--device", "cpu"]
-    assert main(["evaluate", str(clone), "--data", str(tmp_path / "played.jsonl"), "--fqe", "2", *form]) == 0
+    assert main(["evaluate", "logs", str(clone), "--data", str(tmp_path / "played.jsonl"), "--fqe", "2", *form]) == 0
     printed = capsys.readouterr().out
     mean = sum(t.total_return for t in played) / 40  # what the policy played itself has the same weight throughout
     found = float(printed.partition("weighted importance sampling: ")[2].partition(" [")[0])
     assert found == pytest.approx(mean, abs=0.006) and "sample size 40.0 of 40" in printed
     assert printed.index("log π per agent token") < printed.index("logs alone") < printed.index("fitted Q evaluation")
-    assert main(["evaluate", str(clone), "--data", str(tmp_path / "plain.jsonl"), *form]) == 0
+    assert main(["evaluate", "logs", str(clone), "--data", str(tmp_path / "plain.jsonl"), *form]) == 0
     printed = capsys.readouterr().out
     assert "weighted importance sampling: not computed, found 3 of 3 trajectories without" in printed
     assert "fitted Q" not in printed

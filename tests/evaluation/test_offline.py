@@ -13,9 +13,9 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import (
     calibration,
     choose_beta,
-    compute_step_outputs,
     evaluate_offline,
     guidance_by_beta,
+    measure_logs,
     ranking_accuracy,
     show,
 )
@@ -36,7 +36,7 @@ A, B = RENDERER.encode_content("a")[0], RENDERER.encode_content("b")[0]
 OPENING, CLOSE = RENDERER.agent_opening[-1], RENDERER.close_id
 
 
-class Table:
+class Table(torch.nn.Module):
     """A model that looks at the last token alone: π(a) = 3/4, π(b) = 1/4 to begin with, then the turn closes.
 
     Q is 1 for a, 3 for b, 2 for closing; V is 1.5. Hidden states are one-hot rows of the last token.
@@ -46,25 +46,28 @@ class Table:
     value_heads = True
 
     def __init__(self, heads=True, scale=1.0):
+        super().__init__()
         self.config = SimpleNamespace(offline_lmrl={"reward_scale": {"shift": 0.0, "scale": scale}})
         if not heads:
             self.value_heads = None
-
-    def eval(self):
-        return self
-
-    def forward_with_hidden(self, input_ids, attention_mask, use_cache):
         prob = torch.zeros(len(TOKENIZER), len(TOKENIZER))
         prob[OPENING, [A, B]] = torch.tensor([0.75, 0.25])
         prob[[A, B], CLOSE] = 1.0
-        hidden = torch.nn.functional.one_hot(input_ids, len(TOKENIZER)).float()
-        return SimpleNamespace(logits=(prob[input_ids] + 1e-30).log()), hidden
+        self.head = torch.nn.Linear(*prob.shape, bias=False)
+        self.head.weight.data = (prob + 1e-30).log().T
 
-    def q_values(self, hidden):
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward_with_hidden(self, input_ids, attention_mask, use_cache):
+        hidden = torch.nn.functional.one_hot(input_ids, len(TOKENIZER)).float()
+        return SimpleNamespace(logits=self.head(hidden)), hidden
+
+    def q_values(self, hidden, candidates=None):
         q = torch.zeros(2, len(hidden), len(TOKENIZER))
         q[:, :, [A, B, CLOSE]] = torch.tensor([1.0, 3.0, 2.0])
         q[1] += 0.5  # the minimum of the heads is the first
-        return q
+        return q if candidates is None else q.gather(-1, candidates.expand(2, -1, -1))
 
     def v_values(self, hidden):
         return torch.full(hidden.shape[:1], 1.5)
@@ -87,7 +90,7 @@ def said(text, reward, group="g", terminated=True):
 
 
 def test_steps_carry_likelihood_values_and_what_the_log_earned():
-    steps = compute_step_outputs(table_policy(scale=10.0), [said("b", 4.0), said("a", 1.0)])
+    steps = measure_logs(table_policy(scale=10.0), [said("b", 4.0), said("a", 1.0)])
     assert steps.trajectory.tolist() == [0, 0, 1, 1] and steps.token.tolist() == [B, CLOSE, A, CLOSE]
     np.testing.assert_allclose(steps.log_prob, [math.log(0.25), 0.0, math.log(0.75), 0.0], atol=1e-6)
     np.testing.assert_allclose(steps.q, [30.0, 20.0, 10.0, 20.0])  # the model's 3, 2, 1, 2 in reward units
@@ -115,7 +118,7 @@ def test_logs_are_read_behind_demonstrations(monkeypatch, tmp_path, source):
         return forward(self, input_ids, attention_mask, use_cache)
 
     monkeypatch.setattr(Table, "forward_with_hidden", watched)
-    steps = compute_step_outputs(policy, logs, demonstrations=shown[:1] if source == "given" else None)
+    steps = measure_logs(policy, logs, demonstrations=shown[:1] if source == "given" else None)
     assert steps.token.tolist() == [B, CLOSE, A, CLOSE]
     n = len(RENDERER.preamble_of(()))
     assert [tuple(row[n : n + len(own)]) for row, own in zip(read, ids, strict=True)] == ids
@@ -123,7 +126,7 @@ def test_logs_are_read_behind_demonstrations(monkeypatch, tmp_path, source):
 
 
 def test_what_a_cut_log_would_have_earned_is_not_known():
-    steps = compute_step_outputs(table_policy(), [said("b", 4.0, terminated=False)])
+    steps = measure_logs(table_policy(), [said("b", 4.0, terminated=False)])
     assert np.isnan(steps.return_to_go).all() and calibration(steps) == []
 
 
@@ -144,7 +147,7 @@ def test_what_a_cut_log_would_have_earned_is_not_known():
     ids=["even", "turned", "clip", "support", "candidates", "unguided"],
 )
 def test_divergence_of_guidance_is_exact(beta, decoding, kl, changed):
-    (entry,) = guidance_by_beta(compute_step_outputs(table_policy(**decoding), [said("a", 1.0)], [beta]), [beta])
+    (entry,) = guidance_by_beta(measure_logs(table_policy(**decoding), [said("a", 1.0)], [beta]), [beta])
     assert entry["kl"] == pytest.approx(kl / 2, abs=1e-5)  # the closing token, which is certain, adds 0
     if changed is not None:  # an even choice may fall either way
         assert entry["changed"] == changed / 2
@@ -156,7 +159,7 @@ def test_the_largest_beta_within_the_budget_is_chosen():
 
 
 def test_calibration_sets_predictions_beside_returns():
-    steps = compute_step_outputs(table_policy(), [said("a", 2.0), said("b", 6.0)])
+    steps = measure_logs(table_policy(), [said("a", 2.0), said("b", 6.0)])
     # Q of a, two closings and b: 1, 2, 2, 3; in two bins: (a, closing of a), (closing of b, b)
     assert calibration(steps, bins=2) == [
         {"q": 1.5, "return_to_go": 2.0, "n": 2},
@@ -179,10 +182,10 @@ def test_ranking_counts_the_pairs_of_a_group_in_the_right_order():
         said("b", 0.0, ""),
         said("a", 9.0, ""),  # rows without a group are not one group
     ]
-    accuracy = ranking_accuracy(compute_step_outputs(table_policy(), logs), logs)
+    accuracy = ranking_accuracy(measure_logs(table_policy(), logs), logs)
     assert accuracy.mean == 0.5 and accuracy.n == 3  # (1 + 0 + ½) / 3
-    assert ranking_accuracy(compute_step_outputs(table_policy(), logs[:2]), logs[:2]).mean == 1.0
-    assert ranking_accuracy(compute_step_outputs(table_policy(), logs[6:8]), logs[6:8]) is None
+    assert ranking_accuracy(measure_logs(table_policy(), logs[:2]), logs[:2]).mean == 1.0
+    assert ranking_accuracy(measure_logs(table_policy(), logs[6:8]), logs[6:8]) is None
 
 
 def test_the_report_prints_everything_and_chooses_beta():
@@ -198,14 +201,14 @@ def test_a_policy_without_heads_has_its_likelihood_only():
     report = evaluate_offline(table_policy(heads=False), [said("a", 0.0)], betas=[1.0], kl_budget=0.1)
     assert report.by_beta is None and "beta" not in str(report)
     with pytest.raises(InputError, match="betas: found"):
-        compute_step_outputs(table_policy(heads=False), [said("a", 0.0)], [1.0])
+        measure_logs(table_policy(heads=False), [said("a", 0.0)], [1.0])
 
 
 def test_logs_without_a_turn_that_fits_are_an_input_error():
     policy = table_policy()
     policy.window = WindowRule(max_length=3)
     with pytest.raises(InputError, match="no agent turn that fits"):
-        compute_step_outputs(policy, [said("a", 0.0)])
+        measure_logs(policy, [said("a", 0.0)])
 
 
 def test_a_dialogue_is_shown_token_by_token():
@@ -231,14 +234,14 @@ def played():
 
 def test_logged_log_probs_are_those_of_play(played):
     policy, trajectories = played
-    steps = compute_step_outputs(policy, trajectories)
+    steps = measure_logs(policy, trajectories)
     drawn = [p for t in trajectories for turn in t.turns if turn.is_trainable for p in turn.behaviour_log_prob]
     np.testing.assert_allclose(steps.log_prob, drawn, atol=1e-4)
 
 
 def test_the_batch_size_changes_nothing(played):
     policy, trajectories = played
-    whole, single = (compute_step_outputs(policy, trajectories, [2.0], batch_size=size) for size in (32, 1))
+    whole, single = (measure_logs(policy, trajectories, [2.0], token_budget=size) for size in (4096, 1))
     for name in ("token", "log_prob", "q", "v", "kl"):
         np.testing.assert_allclose(getattr(whole, name), getattr(single, name), atol=1e-5)
 
@@ -256,5 +259,5 @@ def test_guidance_is_measured_on_the_distribution_that_the_sampler_draws_from(pl
     # Monte Carlo over the sampler's own draws: the mean of log p − log π over many seeds
     replies = guided.sampler.sample([prompt] * 4000, range(4000))
     drawn = np.array([reply.log_prob[0] - reply.policy_log_prob[0] for reply in replies])
-    exact = compute_step_outputs(guided, [Trajectory((history, Turn("assistant", "0", reward=0.0)))], [5.0]).kl[0, 0]
+    exact = measure_logs(guided, [Trajectory((history, Turn("assistant", "0", reward=0.0)))], [5.0]).kl[0, 0]
     assert exact > 0.1 and abs(exact - drawn.mean()) < 4 * drawn.std() / math.sqrt(4000)

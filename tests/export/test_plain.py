@@ -10,7 +10,7 @@ import yaml
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offline_lmrl.cli import main as cli
+from offline_lmrl.cli import main
 from offline_lmrl.decoding.distribution import Form, filter_policy
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
@@ -439,19 +439,19 @@ def test_the_command_prints_the_report_and_the_folder_or_one_line_about_what_is_
     capsys.readouterr()
 
     def refused(*arguments):
-        assert cli.main(["export", *map(str, arguments)]) == 2
+        assert main(["export", *map(str, arguments)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1
         return err.removeprefix("error: ")
 
-    assert refused(run).startswith("output: missing, expected `offline-lmrl export RUN --output DIR")
+    assert refused(run).startswith("output: missing, expected `offline-lmrl export RUN --output OUTPUT")
     assert refused(run, "--output", output).startswith("beta: found 1.5 with q_reduce min, expected guidance that")
-    assert refused(run, "--output", output, "--stop", "x").startswith("--stop: found a setting that does not exist")
+    assert refused(run, "--output", output, "--stop", "[x]").startswith("stop: found ('x',), expected none")
     assert refused(tmp_path / "none", "--output", output).startswith(f"{tmp_path / 'none'}: found no such folder")
     assert refused(run, "--output", run).startswith("output: found ")
     blocked = run / "config.json" / "plain"
     assert str(blocked) in refused(run, "--output", blocked, "--q_reduce", "mean")
-    assert cli.main(["export", str(run), "--output", output, "--q_reduce", "mean", "--beta", "2"]) == 0
+    assert main(["export", str(run), "--output", output, "--q_reduce", "mean", "--beta", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "plays: log π + 2 · Q, mean of the Q heads, folded into the LM head"
     assert lines[1].startswith("exact: ") and lines[2:] == [output]

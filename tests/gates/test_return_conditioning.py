@@ -14,6 +14,7 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced
 from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.tasks.count import Count, Count1, Talk
+from offline_lmrl.tokens.batching import encode_trajectories
 from offline_lmrl.tokens.conditioning import LABEL, returns_to_go
 from tests.gates.small import fitted
 
@@ -70,8 +71,8 @@ def test_count_earns_what_is_asked_of_it(tmp_path, seed):
 
 
 def held_out_loss(run, logs, return_tokens=None):
-    run.encoder.return_ids_for = return_tokens
-    return run.evaluate(run._windows(logs, run.args, Counter()))["eval_loss"]
+    columns = encode_trajectories(logs, replace(run.encoder, return_ids_for=return_tokens), Counter())
+    return run.evaluate(replace(run.train_dataset, flat=columns))["eval_loss"]
 
 
 def test_the_null_row_is_the_cloned_policy(tmp_path):

@@ -75,9 +75,9 @@ def test_corridor_needs_stitching(tmp_path, seed):
 class LuckyTrainer(ILQLTrainer):
     """The ablation: an expectile of Monte-Carlo returns as Q, which mixes luck with choice."""
 
-    def loss_terms(self, outputs, steps):
-        total, logged = super().loss_terms(outputs, steps)
-        lucky = sum(expectile_loss(q, steps["return_to_go"], self.args.expectile) for q in outputs["q"])
+    def losses(self, outputs, batch):
+        total, logged = super().losses(outputs, batch)
+        lucky = sum(expectile_loss(q, batch["steps"]["return_to_go"], self.args.expectile) for q in outputs["q"])
         return total + self.args.value_weight * (lucky - logged["loss/q"]), logged
 
 

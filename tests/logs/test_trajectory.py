@@ -1,22 +1,16 @@
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.trajectory import (
-    Trajectory,
-    Turn,
-    build_trajectory,
-    to_record,
-    turn_from_record,
-    with_own_token_ids,
-)
+from offline_lmrl.logs.forms import read_row
+from offline_lmrl.logs.trajectory import Trajectory, Turn, to_record, with_own_token_ids
 
 
 def from_record(row, where):
-    turns = [turn_from_record(message, f"{where}: messages[{i}]") for i, message in enumerate(row["messages"])]
-    return build_trajectory(turns, row, where)
+    return read_row(row, where, Counter())
 
 
 def record(*messages, **fields):
@@ -98,14 +92,10 @@ def test_nulls_and_absent_fields_take_the_defaults():
             "f:3: messages[0].reward: found True, expected a number",
         ),
         (
-            [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}],
-            "f:3: messages[1].role: found 'bot', expected one of system, user, assistant, tool, environment",
+            [{"role": "user", "content": "q"}, {"role": "robot", "content": "a"}],
+            "f:3: messages[1].role: found 'robot', expected one of system, user, assistant, tool, environment",
         ),
         ([{"role": "assistant", "content": 5}], "f:3: messages[0].content: found 5, expected text"),
-        (
-            [{"role": "assistant", "content": "\ud83d"}],
-            "f:3: messages[0].content: found half a surrogate pair at character 0, expected text",
-        ),
         (
             [{"role": "assistant", "content": ""}],
             "f:3: messages[0].content: found empty text, expected the text of the agent's turn",
@@ -139,8 +129,8 @@ def test_a_bad_turn_is_named_with_row_and_field(messages, expected):
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"terminated": "no"}, "f:3: terminated: found 'no', expected true or false"),
-        ({"group": 7}, "f:3: group: found 7, expected text"),
+        ({"terminated": "no"}, "f:3: terminated: found 'no', expected true, false or null"),
+        ({"group": [7]}, "f:3: group: found [7], expected text"),
         ({"labels": [1]}, "f:3: labels: found [1], expected an object"),
         ({"labels": "[1]"}, "f:3: labels: found [1], expected an object"),
         ({"labels": "{"}, "f:3: labels: found text that is not JSON "),
@@ -150,6 +140,15 @@ def test_a_bad_field_of_the_row_is_named(fields, expected):
     with pytest.raises(InputError) as error:
         from_record(record({"role": "assistant", "content": "a"}, **fields), "f:3")
     assert str(error.value).startswith(expected)
+
+
+def test_values_of_another_type_are_refused_however_they_come():
+    with pytest.raises(InputError, match="^content: found half a surrogate pair at character 0, expected text$"):
+        Turn("assistant", "\ud83d")
+    with pytest.raises(InputError, match="^terminated: found 'no', expected true or false$"):
+        Trajectory((Turn("assistant", "a"),), terminated="no")
+    with pytest.raises(InputError, match="^group: found 7, expected text$"):
+        Trajectory((Turn("assistant", "a"),), group=7)
 
 
 def test_labels_that_json_cannot_hold_are_refused_when_written():

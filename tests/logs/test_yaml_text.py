@@ -1,6 +1,7 @@
 """YAML from outside: it ends, it is plain, and what cannot be used is one line."""
 
 import time
+from typing import Any
 
 import jsonargparse
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from offline_lmrl.cli.parser import overrides_of, read_settings
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.yaml_text import load_yaml, read_yaml
+from offline_lmrl.settings import Parameter, arguments
 
 
 def nested(inner: str) -> str:
@@ -51,7 +53,7 @@ def test_what_has_no_end_or_is_no_setting_is_refused_at_once(tmp_path, text, sai
     with pytest.raises(yaml.YAMLError, match=said):
         load_yaml(text)
     with pytest.raises(InputError, match=said) as refused:
-        overrides_of(["--key", text])
+        arguments({"key": Parameter(Any)}, overrides_of(["--key", text]))
     assert len(str(refused.value)) <= LONGEST_MESSAGE and "\n" not in str(refused.value)
     if "\udcff" not in text:
         (tmp_path / "settings.yaml").write_text(text)

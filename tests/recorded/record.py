@@ -108,10 +108,7 @@ class Recorder:
 
     def command(self, name: str, *argv: Any, stdin: str = "") -> int:
         """Run a command; keep its exit code and what it printed."""
-        try:
-            from offline_lmrl.cli.main import main
-        except ModuleNotFoundError:  # a checkout whose commands are in one module
-            from offline_lmrl.cli import main
+        from offline_lmrl.cli.main import main
 
         out, err = io.StringIO(), io.StringIO()
         before, sys.stdin = sys.stdin, io.StringIO(stdin)

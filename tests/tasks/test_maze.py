@@ -8,6 +8,7 @@ import yaml
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import ScoreScale
+from offline_lmrl.tasks import make_environment
 from offline_lmrl.tasks.maze import FREE, GOAL, MOVES, STARTS, Maze, distances
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "maze"
@@ -140,3 +141,28 @@ def test_published_scores_lie_on_the_scale_of_the_shipped_comparisons():
 def test_unknown_setting_is_an_input_error_that_names_it(arguments):
     with pytest.raises(InputError, match=next(iter(arguments))):
         Maze(**arguments)
+
+
+class Open:
+    """An environment of a user that takes every setting."""
+
+    def __init__(self, level: "Unknown" = 1, **more):  # noqa: F821
+        self.more = more
+
+    def reset(self, seed):
+        return ()
+
+    def step(self, text):
+        return (), 0.0, True, False
+
+
+def test_the_settings_of_an_environment_are_those_of_its_class():
+    assert make_environment("maze", observed="partial")().observed == "partial"
+    assert make_environment(f"{__name__}:Open", level="x", other=[1])().more == {"other": [1]}
+    for settings, message in (
+        ({"observd": "full"}, "environment.observd: found a setting that does not exist; did you mean"),
+        ({"observed": "all"}, "environment.observed: found 'all', expected one of full, partial"),
+        ({"start": 3}, "environment.start: found 3, expected a list or null"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_environment("maze", **settings)

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens.checks import check, token_table
+from offline_lmrl.tokens.template_check import TemplateCheck
 from tests.tiny import OneByOne, one_form
 
 
@@ -23,14 +24,13 @@ class LetterRenderer(OneByOne):
     tokenizer = LetterTokenizer()
 
     def __init__(self, difference=None):
-        self.difference = difference
+        self.difference = lambda turns: difference
 
     def encode_turn(self, turn):
         content = turn.token_ids or tuple(ord(letter) for letter in turn.content + ".")
         return one_form((ord(turn.role[0]), *content, ord(" ")), 1, content)
 
-    def differences(self, turns):
-        return self.difference
+    first_difference = TemplateCheck.first_difference
 
 
 def game(*texts, group="", terminated=True, reward=None):

@@ -364,6 +364,12 @@ def windows_of(view, trajectory, rule=DEFAULT_WINDOWS, replies=False, counts=Non
     return dataset.batch(range(len(dataset)))
 
 
+def test_a_log_without_an_agent_turn_has_no_window_with_or_without_replies():
+    for replies in (False, True):
+        with pytest.raises(InputError, match="found no agent turn that fits"):
+            windows_of(LetterRenderer(), Trajectory((user("a"), user("b"))), replies=replies)
+
+
 def with_replies(trajectory, rule=DEFAULT_WINDOWS, **more):
     """Per window its ids, and the ids that its environment states stand before."""
     batch = windows_of(LetterRenderer(), trajectory, rule, replies=True, **more)

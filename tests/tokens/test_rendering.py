@@ -58,6 +58,13 @@ def assemble(view, dialogue, live=True):
     return [*view.preamble_of(dialogue), *(token for ids in pieces for token in ids)]
 
 
+def opening(view, role):
+    """The ids before a turn of this role; for the agent, those of the generation prompt."""
+    if role == "assistant":
+        return view.agent_opening
+    return view.encoder.template(view.text.past[1] or "x", view.text.opening[role])
+
+
 @functools.cache
 def appending(name):
     return Renderer(renderer(name).tokenizer, "assembled")
@@ -103,7 +110,7 @@ def test_action_is_the_agents_text_and_its_closing_token(name, text):
     text = f"a{text}b"  # templates strip white space at the edges
     turn = view.encode_turn(Turn("assistant", text))
     assert turn.closed
-    assert turn.ids[: turn.action_start] == view.agent_opening == view.opening("assistant")
+    assert turn.ids[: turn.action_start] == view.agent_opening == opening(view, "assistant")
     assert turn.ids[turn.action_start : turn.action_stop] == turn.actions
     assert turn.actions[-1] == view.close_id and turn.actions.count(view.close_id) == 1
     if name == "thinking":  # cuts what looks like a thought out of the text
@@ -119,7 +126,7 @@ def test_special_tokens_typed_in_a_text_stay_text(name, text):
     special -= {view.tokenizer.unk_token_id}
     assert not special & set(view.encode_content(text))
     user = view.encode_turn(Turn("user", text))
-    around = len(view.opening("user")), len(user.ids) - len(view.closing("user"))
+    around = len(opening(view, "user")), len(user.ids) - len(view.closing("user"))
     assert not special & set(user.ids[slice(*around)])
 
 
@@ -142,12 +149,12 @@ def test_assembly_is_what_the_template_prints_for_a_plain_dialogue(name, content
     dialogue = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(contents)]
     if name == "thinking" and dialogue[-1].role == "assistant":
         dialogue.append(HELLO)
-    assert renderer(name).differences(dialogue) is None
+    assert renderer(name).check.difference(dialogue) is None
 
 
 def test_difference_of_tokens_under_the_same_text_is_shown():
     # The stock tokenizer puts its mark at the very start of a text, where the assembly has the turn's own tokens.
-    assert renderer("bars").differences([HELLO, HI]).startswith("token 0: same text")
+    assert renderer("bars").check.difference([HELLO, HI]).startswith("token 0: same text")
 
 
 @pytest.mark.parametrize("name", ["chatml", "default system"])
@@ -224,13 +231,13 @@ def test_added_tokens_outside_the_template_stay_tokens():
     assert view.encode_content("<think>a")[0] == think
     marked = Renderer(byte_level(renderer("bars").tokenizer.chat_template, plain_added=["<|user|>"]))
     user = marked.tokenizer.convert_tokens_to_ids("<|user|>")
-    assert marked.opening("user")[0] == user and user not in marked.encode_content("<|user|>")
+    assert opening(marked, "user")[0] == user and user not in marked.encode_content("<|user|>")
 
 
 def test_white_space_is_stripped_where_the_template_strips_it():
     view = renderer("stripping")
     dialogue = [Turn("user", " \tHello\n"), Turn("assistant", " I am\n"), Turn("user", "\u3000well "), NO]
-    assert view.differences(dialogue) is None
+    assert view.check.difference(dialogue) is None
     assert "user\nHello<end_of_turn>\n<start_of_turn>model\nI am<end_of_turn>" in view.printer.printed(dialogue)
     assert renderer("chatml").printer.printed([Turn("user", " Hello\n")]) == "<|im_start|>user\n Hello\n<|im_end|>\n"
     # What was sampled stays in the agent's own turn, and is stripped in history.
@@ -246,7 +253,7 @@ THOUGHT = Turn("assistant", "<think>\nhm\n</think>\n\nno thanks")
 def test_rewritten_history_is_followed_and_ends_the_row():
     view = renderer("thinking")
     for dialogue in ([HELLO, THOUGHT], [HELLO, THOUGHT, DEAL], [HELLO, THOUGHT, DEAL, NO]):
-        assert view.differences(dialogue) is None
+        assert view.check.difference(dialogue) is None
     encoded = view.encode([HELLO, THOUGHT, DEAL, NO])
     assert "<think>\nhm\n</think>" in view.tokenizer.decode(encoded[1].ids)
     assert view.tokenizer.decode(encoded[1].past) == "<|im_start|>assistant\nno thanks<|im_end|>\n"
@@ -258,7 +265,7 @@ def test_assembled_template_keeps_what_was_read():
     view = appending("thinking")
     turn = view.encode([HELLO, THOUGHT, DEAL, NO])[1]
     assert turn.stays
-    difference = view.differences([HELLO, THOUGHT, DEAL, NO])
+    difference = view.check.difference([HELLO, THOUGHT, DEAL, NO])
     assert "the template prints 'assistant\\nno thanks" in difference
     assert "the text for training has 'assistant\\n<think>\\nhm" in difference
 
@@ -268,8 +275,8 @@ def test_injected_system_text_is_printed_only_where_the_dialogue_brings_none():
     default = "<|im_start|>system\nYou are a helpful player.<|im_end|>\n"
     assert view.tokenizer.decode(view.preamble_of([HELLO])) == view.tokenizer.decode(view.preamble_of([])) == default
     system = [Turn("system", "Be nice"), HELLO, HI]
-    assert view.preamble_of(system) == () and view.differences(system) is None
-    assert view.opening("system") == renderer("chatml").opening("system")
+    assert view.preamble_of(system) == () and view.check.difference(system) is None
+    assert opening(view, "system") == opening(renderer("chatml"), "system")
 
 
 def test_system_turn_keeps_its_opening_where_bos_opens_turns():
@@ -284,14 +291,14 @@ def test_system_turn_keeps_its_opening_where_bos_opens_turns():
     assert view.printer.printed(system, prompt=True) == (
         "<|im_start|>system\nBe nice<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert view.differences(system) is None
+    assert view.check.difference(system) is None
 
 
 @pytest.mark.parametrize("name", ["stripping", "brackets"])
 def test_refused_dialogues_are_assembled_all_the_same(name):
     view = renderer(name)
     for dialogue in ([HI, HELLO], [HELLO, HI, NO], [Turn("environment", "you lost"), HELLO, HI]):
-        assert view.differences(dialogue) == "the template refuses this dialogue: roles must alternate"
+        assert view.check.difference(dialogue) == "the template refuses this dialogue: roles must alternate"
         ids = [*assemble(view, dialogue, live=False), *view.agent_opening]
         assert view.tokenizer.decode(ids).strip() == view.printer.printed(dialogue, prompt=True).strip()
 
@@ -313,7 +320,7 @@ def test_roles_that_the_template_lacks_are_rendered_as_the_users(name, lacking):
     same = [
         role
         for role in ("system", "tool", "environment")
-        if (view.opening(role), view.closing(role)) == (view.opening("user"), view.closing("user"))
+        if (opening(view, role), view.closing(role)) == (opening(view, "user"), view.closing("user"))
     ]
     assert same == lacking
 
@@ -325,7 +332,7 @@ def test_role_that_the_template_takes_for_the_agent_is_rendered_as_the_users():
         "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
     )
     view = Renderer(byte_level(template))
-    assert view.opening("tool") == view.opening("user") != view.agent_opening
+    assert opening(view, "tool") == opening(view, "user") != view.agent_opening
 
 
 def test_tool_turn_has_the_templates_own_wrapping():
@@ -338,15 +345,15 @@ def test_tool_turn_has_the_templates_own_wrapping():
 def test_system_text_inside_the_first_user_turn():
     view = renderer("brackets")
     dialogue = [Turn("system", "Be nice"), HELLO, HI, DEAL]
-    assert view.differences(dialogue) is None
+    assert view.check.difference(dialogue) is None
     text = "<s>[INST] <<SYS>>\nBe nice\n<</SYS>>\n\nHello there [/INST] I am 5, 12 </s><s>[INST] deal?\n2 [/INST]"
     assert view.printer.printed(dialogue, prompt=True) == text
 
 
 def test_bare_system_text_is_printed_bare():
     view = Renderer(byte_level(LABELS))
-    assert view.opening("system") == ()
-    assert view.differences([Turn("system", "Be nice"), HELLO, HI]) is None
+    assert opening(view, "system") == ()
+    assert view.check.difference([Turn("system", "Be nice"), HELLO, HI]) is None
 
 
 def test_template_that_never_closes_a_turn_gets_eos_as_an_action_that_no_history_holds():
@@ -359,7 +366,7 @@ def test_template_that_never_closes_a_turn_gets_eos_as_an_action_that_no_history
     turn = view.encode([HELLO, HI, DEAL])[1]
     assert view.close_id == eos == turn.actions[-1] and eos not in (*turn.ids, *turn.past)
     assert turn.ids[turn.action_start : turn.action_stop - 1] == turn.actions[:-1] and turn.stays
-    assert view.differences([HELLO, HI]) is None and view.differences([HELLO, HI, DEAL]) is None
+    assert view.check.difference([HELLO, HI]) is None and view.check.difference([HELLO, HI, DEAL]) is None
 
 
 LAST = """{%- for m in messages -%}{%- if m['role'] == 'user' -%}{{ '<u>' + m['content'] + '<end>' }}
@@ -375,7 +382,7 @@ def test_last_turn_that_closes_otherwise_is_an_action_that_history_does_not_hold
     assert turn.past[turn.action_stop - 1] == end and closing not in turn.past
     assert view.tokenizer.decode(turn.actions) == "final:I am 5, 12<return>"
     assert view.decode(turn.actions) == "I am 5, 12"
-    assert view.differences([HELLO, HI]) is None and view.differences([HELLO, HI, DEAL]) is None
+    assert view.check.difference([HELLO, HI]) is None and view.check.difference([HELLO, HI, DEAL]) is None
     # A sampled turn likewise.
     sampled = view.encode([HELLO, replace(HI, token_ids=turn.actions), DEAL])[1]
     assert sampled == turn
@@ -403,16 +410,16 @@ def test_prompt_that_opens_a_thought_is_no_opening_of_past_turns():
     assert view.printer.printed(dialogue, prompt=True).endswith("<a>I am 5, 12<eos><u>deal?\n2\n<a><think>\n")
     turn = view.encode([HELLO, HI])[1]
     assert view.tokenizer.decode(turn.actions) == "\n</think>\nI am 5, 12<eos>" and not turn.stays
-    assert view.decode(turn.actions) == "I am 5, 12" and view.printer.prompt_mismatch is None
+    assert view.decode(turn.actions) == "I am 5, 12" and view.check.prompt_mismatch is None
 
 
 def test_prompt_that_no_finished_turn_begins_with_is_said():
     template = OPENED.replace("('<think>\\n\\n</think>\\n' if loop.last else '') + ", "")
     view = Renderer(byte_level(template, ["<u>", "<a>"], ["<think>", "</think>"]))
-    assert "the generation prompt ends with '<a><think>\\n'" in view.printer.prompt_mismatch
-    assert view.printer.mismatches == {} and view.encode([HELLO, HI])[1].stays
+    assert "the generation prompt ends with '<a><think>\\n'" in view.check.prompt_mismatch
+    assert view.check.mismatches == {} and view.encode([HELLO, HI])[1].stays
     appended = Renderer(view.tokenizer, "assembled")
-    assert appended.printer.prompt_mismatch is None and appended.tokenizer.decode(appended.agent_opening) == "<a>"
+    assert appended.check.prompt_mismatch is None and appended.tokenizer.decode(appended.agent_opening) == "<a>"
 
 
 @each_family
@@ -440,7 +447,7 @@ def test_unfinished_turn_gets_nothing_appended(name):
 
 def test_decode_ends_at_the_closing_token():
     view = renderer("brackets")
-    ids = [*view.encode_content("no thanks"), *view.closing("assistant"), *view.opening("user")]
+    ids = [*view.encode_content("no thanks"), *view.closing("assistant"), *opening(view, "user")]
     assert view.decode(ids) == "no thanks"
     assert view.decode([]) == ""
 
@@ -477,7 +484,7 @@ def test_plain_template_is_a_choice():
     text = "<bos>System: Be nice\nUser: Hello there\nAssistant: I am 5, 12<|im_end|>Tool: 1\nEnvironment: \n"
     dialogue = [Turn("system", "Be nice"), HELLO, HI, Turn("tool", "1"), Turn("environment", "")]
     assert view.tokenizer.decode(assemble(view, dialogue)) == text
-    assert view.differences(dialogue) is None
+    assert view.check.difference(dialogue) is None
 
 
 def test_plain_template_without_eos_ends_the_agents_turn_with_its_line():

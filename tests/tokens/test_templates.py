@@ -13,8 +13,8 @@ from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
-from offline_lmrl.tokens.printing import MISMATCH, cells
 from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.template_check import MISMATCH, cells
 from offline_lmrl.tokens.templates import TemplateText
 from offline_lmrl.tokens.windows import WindowRule, policy_window
 from tests.smollm2 import FOLDER, needs_smollm2
@@ -43,16 +43,16 @@ def test_dialogues_are_rendered_as_the_template_prints_them_or_the_kind_is_named
     view = Renderer(tokenizer_for(path))
     differ = {}
     for kind, name, turns, prompt in cells():
-        difference = view.differences(turns, prompt)
+        difference = view.check.difference(turns, prompt)
         if difference is not None and REFUSED not in difference:
             differ.setdefault(kind, name)
     assert set(differ) == OTHERWISE.get(path.stem, set())
-    for kind, difference in view.printer.mismatches.items():
+    for kind, difference in view.check.mismatches.items():
         assert kind in differ or REFUSED in difference
     roles = ("user", "assistant", "tool", "assistant")
     turns = [Turn(role, "text") for role in roles]
-    named = any(line.startswith(MISMATCH) for line in view.printer.faults_in(turns))
-    assert named == ("tools" in view.printer.mismatches or view.printer.differences(turns, False) is not None)
+    named = any(line.startswith(MISMATCH) for line in view.check.faults_in(turns))
+    assert named == ("tools" in view.check.mismatches or view.check.text_difference(turns, False) is not None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -66,7 +66,7 @@ def test_a_window_is_the_prompt_of_the_template_with_the_reply_behind_it(path):
         assert ids == view.tokens(dialogue[: i + 1])
         own, start = encoded[i], len(ids) - len(pieces[-1]) + encoded[i].action_start
         assert tuple(ids[start : start + len(own.actions) - 1]) == own.actions[:-1]
-        if view.printer.prompt_mismatch is None:
+        if view.check.prompt_mismatch is None:
             assert ids[:start] == view.tokens(dialogue[:i], prompt=True)
 
 
@@ -89,8 +89,8 @@ ANSWER = Turn("tool", "12", name="look_up", tool_call_id="call00000")
 )
 def test_rarer_dialogues_are_compared_one_by_one_and_named(stem, turns, named):
     view = Renderer(tokenizer_for(next(path for path in FILES if path.stem == stem)))
-    assert (view.differences(turns) is not None) == named
-    assert any(line.startswith(MISMATCH) for line in view.printer.faults_in(turns)) == named
+    assert (view.check.difference(turns) is not None) == named
+    assert any(line.startswith(MISMATCH) for line in view.check.faults_in(turns)) == named
 
 
 @pytest.mark.parametrize("stem", ["lfm2_2_5", "glm4moe", "nemotron_3_nano", "qwen3", "gptoss"])
@@ -107,7 +107,7 @@ def test_every_agent_turn_is_trained_behind_what_play_sees(stem):
     encoder = EpisodeEncoder(view, WindowRule(), StepRule(), RewardScale())
     for window in encoder.encode(Trajectory(turns), Counter()):
         for step in window.steps:
-            if step.state == step.open_state and view.printer.prompt_mismatch is None:
+            if step.state == step.open_state and view.check.prompt_mismatch is None:
                 seen = window.input_ids[: step.state + 1]
                 assert seen == policy_window(turns[: step.turn], view, WindowRule())
 
@@ -121,7 +121,7 @@ def test_words_of_the_probes_may_stand_in_a_log():
                 [Turn("user", "q"), Turn("assistant", text, thinking=text), Turn("user", text)],
                 [Turn("system", text, tools=CALL), Turn("user", text)],
             ):
-                assert view.printer.differences(dialogue, dialogue[-1].role == "user") is None
+                assert view.check.text_difference(dialogue, dialogue[-1].role == "user") is None
 
 
 def test_a_dated_template_keeps_the_date_it_was_derived_on():
@@ -154,4 +154,4 @@ def test_real_model_obeys_a_system_turn_as_with_the_stock_template():
         ((reply,),) = generate_texts(policy, [turns])
         assert list(reply.token_ids) == expected.tolist()[: len(reply.token_ids)]
         print(reply.text)
-    assert policy.renderer.printer.mismatches == {} and policy.renderer.printer.prompt_mismatch is None
+    assert policy.renderer.check.mismatches == {} and policy.renderer.check.prompt_mismatch is None

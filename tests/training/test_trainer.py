@@ -468,9 +468,9 @@ def test_items_behind_the_end_of_the_data_count_for_nothing(tmp_path):
     data = run.train_dataset
     surplus = data[len(data)]
     batch = loading.collate_even([surplus, surplus])
-    assert run.items_in(batch) == 0 and not batch["action_mask"].any() and len(batch["input_ids"]) >= 1
-    assert run.losses(run.model, batch)[0].sum() == 0.0
-    assert run.items_in(loading.collate_even([data[1], surplus])) == run.items_in(data.batch([1]))
+    assert data.items_in(batch) == 0 and not batch["action_mask"].any() and len(batch["input_ids"]) >= 1
+    assert run.losses(run.outputs(run.model, batch), batch)[0].sum() == 0.0
+    assert data.items_in(loading.collate_even([data[1], surplus])) == data.items_in(data.batch([1]))
 
 
 @pytest.mark.parametrize("change", [lambda r: r - 1, lambda r: 10 * r], ids=["r - 1", "10 r"])

@@ -1,0 +1,95 @@
+"""The model that training starts from: the tokenizer beside it, whether it fits the data, and an adapter on it."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline_lmrl.decoding.probe import probing
+from offline_lmrl.errors import InputError
+from offline_lmrl.models.adapters import has_adapter, require_peft, run_metadata, unfreeze_heads
+from offline_lmrl.models.renderers import scheme_of
+from offline_lmrl.models.reward_model import Reward, with_head_beside
+from offline_lmrl.tokens.rendering import SCHEME, Renderer
+from offline_lmrl.tokens.tokenizers import load_tokenizer
+
+
+def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:
+    """Check that the model can read rows of `max_length` tokens that `renderer` makes.
+
+    Raises: InputError if the model has too few positions or embeddings, or was trained with another tokenizer or
+      template.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length: found {max_length}, expected at most the model's {limit} positions")
+    block = run_metadata(model.config)
+    found, expected = renderer.fingerprint, block.get("tokenizer")
+    if expected != found and scheme_of(block) == SCHEME:
+        raise InputError(
+            f"tokenizer: found fingerprint {found}, expected {expected}: "
+            "the model was trained with another tokenizer or chat template"
+        )
+    tokens, rows = len(renderer.tokenizer), model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise InputError(f"tokenizer: found {tokens} tokens, expected at most the model's {rows} embeddings")
+
+
+def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
+    """Return the model inside a trainable adapter; heads stay trainable in full.
+
+    Args:
+      model: the model.
+      peft_config: a config of peft for the adapter, such as LoraConfig.
+    Raises: InputError if the model has an adapter already, or cannot take this one.
+    """
+    if has_adapter(model):
+        raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
+    if isinstance(model, Reward):
+        peft_config = with_head_beside(peft_config, model)
+    peft = require_peft()
+    routers = _linear_layers_with_several_outputs(model)
+    if peft_config.target_modules == "all-linear":
+        peft_config = replace(peft_config, exclude_modules=[*(peft_config.exclude_modules or ()), *routers])
+    try:
+        model = peft.get_peft_model(model, peft_config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.lora: {error}") from error
+    inner = model.get_base_model()
+    for name in routers:
+        if hasattr(inner.get_submodule(name), "base_layer"):
+            raise InputError(
+                f"model.lora.target_modules: found {name}, a layer with several outputs, expected layers "
+                "with one, which is what an adapter adds to"
+            )
+    unfreeze_heads(model)
+    return model
+
+
+@torch.no_grad()
+def _linear_layers_with_several_outputs(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers that return more than one tensor, such as routers of mixtures of experts."""
+    found: list[str] = []
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: None if isinstance(output, Tensor) else found.append(name)
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with probing(model):
+        ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+        model(input_ids=ids, attention_mask=ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def tokenizer_beside(model: PreTrainedModel | str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved with a model (the model, or its folder or hub name).
+
+    Raises: InputError if there is none.
+    """
+    return load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
