@@ -7,7 +7,7 @@ import jsonargparse
 import pytest
 import yaml
 
-from offline_lmrl.cli.parser import overrides_of, read_settings
+from offline_lmrl.cli.parser import Command
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.yaml_text import load_yaml, read_yaml
 from offline_lmrl.settings import Parameter, arguments
@@ -53,12 +53,12 @@ def test_what_has_no_end_or_is_no_setting_is_refused_at_once(tmp_path, text, sai
     with pytest.raises(yaml.YAMLError, match=said):
         load_yaml(text)
     with pytest.raises(InputError, match=said) as refused:
-        arguments({"key": Parameter(Any)}, overrides_of(["--key", text]))
+        arguments({"key": Parameter(Any)}, Command("x", {}).words(["--key", text]))
     assert len(str(refused.value)) <= LONGEST_MESSAGE and "\n" not in str(refused.value)
     if "\udcff" not in text:
         (tmp_path / "settings.yaml").write_text(text)
         with pytest.raises(InputError, match=said):
-            read_settings(tmp_path / "settings.yaml")
+            read_yaml(tmp_path / "settings.yaml", "settings")
     assert time.perf_counter() - start < 5
 
 
