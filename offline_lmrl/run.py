@@ -22,7 +22,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
-from offline_lmrl.decoding.scorers import drop_too_long, load_scorer
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.files import differences, locked, read_object, reading, say_differences, sweep
@@ -42,7 +41,6 @@ from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.renamed import current
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
-from offline_lmrl.tokens.checks import score_columns
 from offline_lmrl.tokens.tokenizers import load_tokenizer, train_tokenizer
 from offline_lmrl.training.checkpoint import checkpoints, noted_signals, step_of
 from offline_lmrl.training.config import BaseConfig
@@ -167,6 +165,8 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
                 shared
             )
     if isinstance(train[0], Trajectory) and not any(turn.reward is not None for row in train for turn in row.turns):
+        from offline_lmrl.tokens.checks import score_columns
+
         counts[f"rows without any reward{reward_hint(score_columns(train))}"] = len(train)
     if in_one_group(train):
         counts["rows that are all in one group, so that none can be held out for validation"] = len(train)
@@ -183,6 +183,8 @@ def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> 
     """
     rows, settings = read_comparisons(source, counts=counts), dict(preference)
     if settings.get("reward", "sign") not in get_args(RewardKind):
+        from offline_lmrl.decoding.scorers import drop_too_long, load_scorer  # most runs need no scorer
+
         settings["reward"] = load_scorer(settings["reward"])
         rows = drop_too_long(rows, settings["reward"], counts)
     return to_trajectories(rows, **settings, counts=counts)

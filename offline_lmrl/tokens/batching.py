@@ -87,15 +87,22 @@ class TokenBatch(TypedDict):
     environment: NotRequired[dict[str, Tensor]]
 
 
-class WindowRef(NamedTuple):
-    """A reference to one item of a `WindowDataset`; the collator gathers all items of a batch at once."""
+class Item(NamedTuple):
+    """A reference to one item of a data set; the collator gathers all items of a batch at once."""
 
-    dataset: "WindowDataset"
+    dataset: "PackedDataset"
     index: int
 
 
+class PackedDataset(torch.utils.data.Dataset):
+    """The base of data sets that build a whole batch of items at once, with `batch` and `surplus_batch`."""
+
+    def __getitem__(self, index: int) -> Item:
+        return Item(self, int(index))
+
+
 @dataclass(frozen=True, eq=False)
-class WindowDataset(torch.utils.data.Dataset):
+class WindowDataset(PackedDataset):
     """A data set of windows, stored as flat arrays of values and offsets, so that a batch is a few numpy gathers.
 
     Args:
@@ -115,9 +122,6 @@ class WindowDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.flat["input_ids"][1]) - 1
-
-    def __getitem__(self, index: int) -> WindowRef:
-        return WindowRef(self, int(index))
 
     def with_columns(self, **columns: np.ndarray) -> "WindowDataset":
         """Return a copy with further columns, which have one value per step."""

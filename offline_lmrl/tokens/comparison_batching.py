@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import in_temporary_folder
 from offline_lmrl.logs.parallel import chunks, map_in_order
 from offline_lmrl.logs.trajectory import Trajectory, Turn, with_own_token_ids
-from offline_lmrl.tokens.batching import pad, pick, places_of
+from offline_lmrl.tokens.batching import PackedDataset, pad, pick, places_of
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.windows import EncodedDialogue, WindowRule, agent_turns
 
@@ -55,15 +55,8 @@ class ComparisonBatch(TypedDict):
     strength: Tensor  # (C,) float: by how much the better option is better, `labels["strength"]`; 0 if unknown
 
 
-class ComparisonRef(NamedTuple):
-    """A reference to one item of a `ComparisonDataset`; the collator gathers all items of a batch at once."""
-
-    dataset: "ComparisonDataset"
-    index: int
-
-
 @dataclass(frozen=True, eq=False)
-class ComparisonDataset(torch.utils.data.Dataset):
+class ComparisonDataset(PackedDataset):
     """A data set of comparisons as flat arrays, made by `encode_comparisons` or `encode_scored`.
 
     Its length, and therefore a batch size, counts comparisons.
@@ -95,9 +88,6 @@ class ComparisonDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.weight)
-
-    def __getitem__(self, index: int) -> ComparisonRef:
-        return ComparisonRef(self, int(index))
 
     @property
     def lengths(self) -> np.ndarray:

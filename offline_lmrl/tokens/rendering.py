@@ -80,6 +80,114 @@ class EncodedTurn(NamedTuple):
         return self._replace(action_start=len(prefix) + self.action_start, **forms)
 
 
+class TurnEncoder:
+    """An encoder of turns that have been printed as text.
+
+    Args:
+      text: the text around turns.
+      encoder: converts texts to tokens.
+      ends: further ids that end a reply.
+
+    Attributes:
+      agent_opening: ids of the generation prompt, after which the agent writes; never empty.
+      close_ids: all tokens that end an agent turn.
+
+    Raises: InputError if nothing is printed before the agent's text.
+    """
+
+    def __init__(self, text: TemplateText, encoder: TextEncoder, ends: Sequence[int]):
+        self.text, self.encoder, self.close_ids = text, encoder, frozenset({encoder.close_id, *ends})
+        self.agent_opening = encoder.template(text.closing["user"] or "x", text.prompt)
+        if not self.agent_opening:
+            raise InputError(
+                "chat template: found nothing printed before the agent's text, expected at least "
+                "one token there; otherwise set template: plain"
+            )
+        self._kept_controls = encoder.controls - {encoder.added[name] for name in THINK if name in encoder.added}
+        # The text of an agent's closing before the token that closes the turn.
+        self._before_close = encoder.decode(encoder.closing(text.live[1])[0][:-1])
+        self.form = functools.lru_cache(maxsize=1 << 12)(self._form)  # most forms of a turn are equal
+
+    def opening(self, prompt: str | None) -> tuple[int, ...]:
+        """Return the ids of a generation prompt; None = the usual one."""
+        return self.agent_opening if prompt is None else self.encoder.template("x", prompt)
+
+    def _form(self, form: Form, role: str) -> tuple[int, ...]:
+        """Return the ids of one form of a turn of this role."""
+        before = (self.text.closing["user"] if role == "assistant" else self.text.past[1]) or "x"
+        ids: tuple[int, ...] = ()
+        # After content, "x" represents any text, so that the ids of a closing do not depend on the content.
+        for is_content, text in form:
+            if text:
+                ids += self.encoder.content(text) if is_content else self.encoder.template(before, text)
+            if text or is_content:
+                before = "x" if is_content else text
+        return ids
+
+    def turn(self, turn: Turn, text: TurnText) -> EncodedTurn:
+        """Return a turn in all its forms.
+
+        Args:
+          turn: the turn; sampled ids, if any, are used unchanged.
+          text: the same turn, printed.
+        """
+        ids = self.form(text.ids, turn.role)
+        if turn.role != "assistant":
+            start = len(self.form(text.ids[:1], turn.role))
+            past, joined = self.form(text.past, turn.role), self.form(text.after_system, turn.role)
+            return EncodedTurn(ids, start, ids[start:], True, ids, past, joined)
+        opening = self.opening(text.prompt)
+        chosen, rest = self.encoder.closing(text.ids[-1][1])
+        if turn.token_ids is None:
+            loop, past = (self.form(form, turn.role) for form in (text.loop, text.past))
+            start = len(commonprefix([opening, ids]))
+            body = ids[start : len(ids) - len(rest)]
+            actions = body if chosen else (*body, self.encoder.close_id)
+            return EncodedTurn(ids, start, actions, True, loop, past, past)
+        # Sampled ids replace the text that they spell, also in history if the same text is printed there.
+        start, sampled = len(opening), (*opening, *turn.token_ids)
+        if not (turn.token_ids and turn.token_ids[-1] in self.close_ids):
+            return EncodedTurn(sampled, start, turn.token_ids, False, sampled, sampled, sampled)
+        ids = (*(sampled if chosen else sampled[:-1]), *rest)
+        loop, past = (self._history(turn, form, text) for form in (text.loop, text.past))
+        return EncodedTurn(ids, start, turn.token_ids, True, loop, past, past)
+
+    def _history(self, turn: Turn, form: Form, text: TurnText) -> tuple[int, ...]:
+        """Return a sampled turn's ids once the dialogue continues: the sampled ids with the template's closing.
+
+        If the template then prints another text than was sampled, the ids are those of the template's text.
+
+        Args:
+          form: the form to encode, `text.loop` or `text.past`.
+          text: the turn as text, in all forms.
+        """
+        kept = turn.token_ids[:-1]
+        # Sampled control tokens have no text from which they could be encoded again, so the sampled ids are kept.
+        same = (text.as_is and self.text.live[0] == self.text.past[0]) or not self._kept_controls.isdisjoint(kept)
+        if not same:
+            spelt = self.encoder.decode(kept).removesuffix(self._before_close)
+            same = (text.prompt or "") + spelt == "".join(piece for _, piece in form[:-1])
+        if not same:
+            return self.form(form, turn.role)
+        before = self.encoder.closing(form[-1][1])[0][:-1]
+        kept = kept[: -len(before)] if before and kept[-len(before) :] == before else kept
+        return (*self.opening(text.prompt), *kept, *self.encoder.template("x", form[-1][1]))
+
+    def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
+        """Return the text of a turn's sampled ids, up to the closing token.
+
+        Args:
+          ids: the sampled ids; for speakers other than the agent only the content, without the closing.
+          role: the speaker.
+        """
+        if role != "assistant":
+            return self.encoder.decode(ids).removeprefix(self.text.lead[role])
+        end = next((i for i, token in enumerate(ids) if token in self.close_ids), None)
+        text = self.encoder.decode(ids[:end])
+        text = text if end is None else text.removesuffix(self._before_close)
+        return text.removeprefix("".join(self.text.before_content(self.text.live[0])))
+
+
 class Renderer:
     """A renderer that converts turns to tokens with one tokenizer and template.
 
@@ -110,7 +218,7 @@ class Renderer:
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerFast",
+        tokenizer: PreTrainedTokenizerFast,
         template: str = "auto",
         text: TemplateText | None = None,
         ends: Sequence[int] = (),
@@ -131,20 +239,12 @@ class Renderer:
             text = derive_template(stock)
             text = appended_only(text) if template == "assembled" else text
         self.tokenizer, self.template, self.text, self.ends = tokenizer, template, text, tuple(ends)
-        around = (*text.preamble.values(), *text.opening.values(), *text.closing.values())
-        self.encoder = TextEncoder(tokenizer, (*around, text.prompt, *text.live, *text.past), text.live[1])
-        self._form_ids = functools.lru_cache(maxsize=1 << 12)(self._encode_form)  # most forms of a turn are equal
+        self.encoder = TextEncoder(tokenizer, text.printed, text.live[1])
         self.close_id = self.encoder.close_id
-        self.close_ids = frozenset({self.close_id, *self.ends})
-        self.agent_opening = self.encoder.template(text.closing["user"] or "x", text.prompt)
-        if not self.agent_opening:
-            raise InputError(
-                "chat template: found nothing printed before the agent's text, expected at least "
-                "one token there; otherwise set template: plain"
-            )
-        controls, added = self.encoder.control_names, self.encoder.added
-        self._kept_controls = self.encoder.controls - {added[name] for name in THINK if name in added}
-        self.printer = Printer(text, stock, template == "assembled", controls, list(added))
+        self._turns = TurnEncoder(text, self.encoder, ends)
+        self.agent_opening, self.close_ids = self._turns.agent_opening, self._turns.close_ids
+        controls, added = self.encoder.control_names, list(self.encoder.added)
+        self.printer = Printer(text, stock, template == "assembled", controls, added)
         self.check = TemplateCheck(self)
         self.fingerprint = _fingerprint(self.encoder.description, text, self.check.probes)
 
@@ -174,10 +274,7 @@ class Renderer:
 
     def opening_after(self, turns: Sequence[Turn]) -> tuple[int, ...]:
         """Return the generation prompt's ids after these turns; () if the template prints none after tool results."""
-        return self._opening_ids(self.printer.own_prompt(turns))
-
-    def _opening_ids(self, prompt: str | None) -> tuple[int, ...]:
-        return self.agent_opening if prompt is None else self.encoder.template("x", prompt)
+        return self._turns.opening(self.printer.own_prompt(turns))
 
     def closing(self, role: str) -> tuple[int, ...]:
         """Return the ids printed after a turn of this role; for the agent, after the last turn of a dialogue."""
@@ -209,7 +306,7 @@ class Renderer:
         closing token) are used unchanged. If they lack the closing token, the turn is unfinished and nothing is
         appended. The caller must first remove ids of another tokenizer or template (`with_own_token_ids`).
         """
-        return [self._encoded(turn, text) for turn, text in zip(turns, self.printer.texts(turns), strict=True)]
+        return [self._turns.turn(turn, text) for turn, text in zip(turns, self.printer.texts(turns), strict=True)]
 
     def window_ids(
         self, turns: Sequence[Turn], encoded: Sequence[EncodedTurn], first: int, stop: int, live: bool
@@ -225,64 +322,9 @@ class Renderer:
         window = in_window(turns, self.printer.speaks_as_user, first, stop, live)
         return [encoded[i]._asdict()[form] for i, form in window]
 
-    def _encoded(self, turn: Turn, text: TurnText) -> EncodedTurn:
-        ids, loop, past = (self._form_ids(form, turn.role) for form in (text.ids, text.loop, text.past))
-        if turn.role != "assistant":
-            start, joined = len(self._form_ids(text.ids[:1], turn.role)), self._form_ids(text.after_system, turn.role)
-            return EncodedTurn(ids, start, ids[start:], True, loop, past, joined)
-        opening = self._opening_ids(text.prompt)
-        chosen, rest = self.encoder.closing(text.ids[-1][1])
-        if turn.token_ids is None:
-            start = len(commonprefix([opening, ids]))
-            body = ids[start : len(ids) - len(rest)]
-            return EncodedTurn(ids, start, body if chosen else (*body, self.close_id), True, loop, past, past)
-        # Sampled ids replace the text that they spell, also in history if the same text is printed there.
-        start, sampled = len(opening), (*opening, *turn.token_ids)
-        if not (turn.token_ids and turn.token_ids[-1] in self.close_ids):
-            return EncodedTurn(sampled, start, turn.token_ids, False, sampled, sampled, sampled)
-        ids = (*(sampled if chosen else sampled[:-1]), *rest)
-        loop, past = (self._history_ids(turn, form, text) for form in (text.loop, text.past))
-        return EncodedTurn(ids, start, turn.token_ids, True, loop, past, past)
-
-    def _history_ids(self, turn: Turn, form: Form, text: TurnText) -> tuple[int, ...]:
-        """Return a sampled turn's ids once the dialogue continues: the sampled ids with the template's closing.
-
-        If the template then prints another text than was sampled, the ids are those of the template's text.
-
-        Args:
-          form: the form to encode, `text.loop` or `text.past`.
-          text: the turn as text, in all forms.
-        """
-        kept = turn.token_ids[:-1]
-        # Sampled control tokens have no text from which they could be encoded again, so the sampled ids are kept.
-        same = (text.as_is and self.text.live[0] == self.text.past[0]) or not self._kept_controls.isdisjoint(kept)
-        if not same:
-            spelt = self.encoder.decode(kept).removesuffix(self._before_close)
-            same = (text.prompt or "") + spelt == "".join(piece for _, piece in form[:-1])
-        if not same:
-            return self._form_ids(form, turn.role)
-        before = self.encoder.closing(form[-1][1])[0][:-1]
-        kept = kept[: -len(before)] if before and kept[-len(before) :] == before else kept
-        return (*self._opening_ids(text.prompt), *kept, *self.encoder.template("x", form[-1][1]))
-
     def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
-        """Return the text of a turn's sampled ids, up to the closing token.
-
-        Args:
-          ids: the sampled ids; for speakers other than the agent only the content, without the closing.
-          role: the speaker.
-        """
-        if role != "assistant":
-            return self.encoder.decode(ids).removeprefix(self.text.lead[role])
-        end = next((i for i, token in enumerate(ids) if token in self.close_ids), None)
-        text = self.encoder.decode(ids[:end])
-        text = text if end is None else text.removesuffix(self._before_close)
-        return text.removeprefix("".join(self.text.before_content(self.text.live[0])))
-
-    @functools.cached_property
-    def _before_close(self) -> str:
-        """The text of an agent's closing before the token that closes the turn."""
-        return self.encoder.decode(self.encoder.closing(self.text.live[1])[0][:-1])
+        """Return the text of a turn's sampled ids (`TurnEncoder.decode`)."""
+        return self._turns.decode(ids, role)
 
     def tokens(self, turns: Sequence[Turn], prompt: bool = False) -> list[int]:
         """Return the ids of a dialogue, encoded from its text rather than from sampled ids.
@@ -292,19 +334,8 @@ class Renderer:
         """
         ids = list(self.preamble_of(turns))
         for role, form in self.printer.dialogue([unsampled(turn) for turn in turns], prompt):
-            ids += self._form_ids(form, role)
+            ids += self._turns.form(form, role)
         return [*ids, *self.opening_after(turns)] if prompt else ids
-
-    def _encode_form(self, form: Form, role: str) -> tuple[int, ...]:
-        before = (self.text.closing["user"] if role == "assistant" else self.text.past[1]) or "x"
-        ids: tuple[int, ...] = ()
-        # After content, "x" represents any text, so that the ids of a closing do not depend on the content.
-        for is_content, text in form:
-            if text:
-                ids += self.encoder.content(text) if is_content else self.encoder.template(before, text)
-            if text or is_content:
-                before = "x" if is_content else text
-        return ids
 
 
 def _fingerprint(description: dict[str, Any], text: TemplateText, stock: list[str] | None) -> str:

@@ -69,6 +69,12 @@ class TemplateText:
     date: str = ""
 
     @property
+    def printed(self) -> list[str]:
+        """All texts that are printed around turns."""
+        around = (self.preamble, self.opening, self.closing)
+        return [*(text for texts in around for text in texts.values()), self.prompt, *self.live, *self.past]
+
+    @property
     def user_opening(self) -> str:
         return self.opening["user"] + self.lead["user"]
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from offline_lmrl.tokens.batching import WindowRef
-from offline_lmrl.tokens.comparison_batching import ComparisonRef
+from offline_lmrl.tokens.batching import Item
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
@@ -68,7 +67,7 @@ class EvenBatches(torch.utils.data.BatchSampler):
             yield batch + [self.surplus] * (self.batch_size - len(batch))
 
 
-def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any]:
+def collate_even(items: Sequence[Item]) -> Mapping[str, Any]:
     """Collate a batch of `EvenBatches`, without its surplus indices.
 
     Every rank must run a forward pass, so a batch of surplus indices only becomes one row without weight in the loss.
