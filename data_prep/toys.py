@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass
 
 from data_prep.source import VALIDATION_SHARE, Source, write_trajectories
+from offline_lmrl.environments.scripted import Toy
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
@@ -19,7 +20,7 @@ class Toys(Source):
         """Play the episodes; those of validation have the next seed."""
         made = make_environment(self.task)
         environment = made() if callable(made) else made
-        if not hasattr(environment, "logs"):
+        if not isinstance(environment, Toy):
             raise InputError(f"task: found {shown(self.task)}, expected a task that has logs, such as count")
         rows = environment.logs(self.episodes, self.seed)
         held_out = environment.logs(max(1, round(VALIDATION_SHARE * self.episodes)), self.seed + 1)
