@@ -20,6 +20,7 @@ import yaml
 
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.yaml_text import NoEnd, load_yaml, read_yaml
+from offline_lmrl.renamed import current_keys
 from offline_lmrl.settings import (
     LISTS,
     Parameter,
@@ -82,6 +83,7 @@ class Command:
         hints = {name: one.hint for name, one in all_settings(known)}
         flags = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
         loose, named = split_words(argv, flags)
+        named = named if self.name.startswith("prepare ") else current_keys(named)  # names of sources are their own
         given = {**(settings or {}), **self._placed(loose)}
         for key, word in named.items():
             if isinstance(word.value, Mapping) and dataclass_in(hints.get(key)):
@@ -228,7 +230,7 @@ def overrides_of(argv: Sequence[str]) -> dict[str, Word]:
     """
     loose, named = split_words(argv)
     _require_none(loose)
-    return named
+    return current_keys(named)
 
 
 def _require_none(loose: Sequence[Word]) -> None:

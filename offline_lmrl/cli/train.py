@@ -130,7 +130,7 @@ def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | N
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--algorithm", nargs="?")
-    name = early.parse_known_args(argv)[0].algorithm or settings.get("algorithm")
+    name = current({"algorithm": early.parse_known_args(argv)[0].algorithm or settings.get("algorithm")})["algorithm"]
     if not isinstance(name, str | None):
         raise InputError(f"{file}: algorithm: found {shown(name)}, expected a name")
     return name

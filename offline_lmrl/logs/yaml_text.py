@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.trajectory import MAX_NESTING
 
 MAX_VALUES = 100_000  # each alias counts as many values as it refers to
@@ -69,8 +69,7 @@ def yaml_mapping(text: str, where: str, what: str) -> dict[str, Any]:
         value = load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"{where}: found text that is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: found {shown(value)}, expected a mapping of {what}")
+    require(isinstance(value, dict), f"{where}: found {shown(value)}, expected a mapping of {what}")
     return value
 
 
