@@ -3,12 +3,8 @@
 from dataclasses import MISSING, dataclass
 
 from data_prep.source import VALIDATION_SHARE, Source, write_trajectories
-<<<<<<< HEAD
 from offline_lmrl.environments.scripted import Toy
-from offline_lmrl.errors import InputError, shown
-=======
 from offline_lmrl.errors import require, shown
->>>>>>> main
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
 
@@ -24,15 +20,10 @@ class Toys(Source):
         """Play the episodes; those of validation have the next seed."""
         made = make_environment(self.task)
         environment = made() if callable(made) else made
-<<<<<<< HEAD
-        if not isinstance(environment, Toy):
-            raise InputError(f"task: found {shown(self.task)}, expected a task that has logs, such as count")
-=======
         require(
-            hasattr(environment, "logs"),
+            isinstance(environment, Toy),
             f"task: found {shown(self.task)}, expected a task that has logs, such as count",
         )
->>>>>>> main
         rows = environment.logs(self.episodes, self.seed)
         held_out = environment.logs(max(1, round(VALIDATION_SHARE * self.episodes)), self.seed + 1)
         report = {"episodes": len(rows), "mean_return": sum(row.total_return for row in rows) / len(rows)}

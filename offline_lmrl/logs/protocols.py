@@ -184,12 +184,7 @@ def import_object(name: str, field: str) -> Any:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError, ValueError) as error:
         raise InputError(f"{field}: found {shown(name)}, which cannot be imported ({error}), {wanted}") from error
-<<<<<<< HEAD
     try:
         return getattr(module, attribute)
     except AttributeError as error:
         raise InputError(f"{field}: found {shown(name)}, but {module} has no {attribute}, {wanted}") from error
-=======
-    require(hasattr(module, attribute), f"{field}: found {shown(name)}, but {module} has no {attribute}, {wanted}")
-    return getattr(module, attribute)
->>>>>>> main
