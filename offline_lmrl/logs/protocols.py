@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from offline_lmrl.errors import InputError, require, shown
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.trajectory import Turn
 
 # The optional members of environments and sessions, with the value of each where an object lacks it.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from offline_lmrl.environments.scripted import distances_to
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import require, shown
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Turn
 
@@ -65,10 +65,11 @@ class Maze:
     """
 
     def __init__(self, observed: Literal["full", "partial"] = "full", start: Sequence[int] | None = None):
-        if observed not in ("full", "partial"):
-            raise InputError(f"observed: found {shown(observed)}, expected 'full' or 'partial'")
-        if start is not None and tuple(start) not in STARTS:
-            raise InputError(f"start: found {tuple(start)}, expected a free cell (row, column) other than the goal")
+        require(observed in ("full", "partial"), f"observed: found {shown(observed)}, expected 'full' or 'partial'")
+        require(
+            start is None or tuple(start) in STARTS,
+            f"start: found {shown(start)}, expected a free cell (row, column) other than the goal",
+        )
         self.observed = observed
         self.start = None if start is None else tuple(start)
 
