@@ -45,7 +45,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.decoding.distribution import filter_policy
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.probe import check_plays, check_trains
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError, require, shown
@@ -87,7 +86,7 @@ from offline_lmrl.tokens.experience import Experience
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.training.config import OfflineConfig, check_range
 from offline_lmrl.training.loop import Learner, LoopTrainer, mean_over_processes
-from offline_lmrl.training.starting_model import check_model, tokenizer_beside, with_adapter
+from offline_lmrl.training.starting_model import check_model, check_policy, tokenizer_beside, with_adapter
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
 OVERSHOOT = 1.5  # an update stops when its approx_kl exceeds this multiple of `stop_kl`
@@ -741,9 +740,7 @@ class PPOTrainer(LoopTrainer):
             processing_class = tokenizer_beside(model)
         policy = as_guided(load_model(model) if isinstance(model, str) else model)
         super().__init__(args, processing_class, policy, find_unused_parameters=args.value_warmup > 0)
-        check_model(policy, self.renderer, args.max_length)
-        check_trains(policy, self.renderer)
-        check_plays(policy, self.renderer)
+        check_policy(policy, self.renderer, args.max_length)
         policy = remove_heads(policy).to(self.device)
         rule, scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
         encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=scale))
