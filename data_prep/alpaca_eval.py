@@ -15,11 +15,11 @@ from itertools import combinations
 from typing import Any
 
 from data_prep.comparisons import ComparisonImporter
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison_checks import Feature
 from offline_lmrl.logs.preference_forms import root_group
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.settings import setting
 
@@ -64,18 +64,20 @@ class AlpacaEval(ComparisonImporter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min_gap is not None and not self.min_gap >= 0:
-            raise InputError(f"min_gap: found {self.min_gap}, expected a number from 0 up, or null")
+        require(
+            self.min_gap is None or self.min_gap >= 0,
+            f"min_gap: found {self.min_gap}, expected a number from 0 up, or null",
+        )
 
     def read(self, row: Record) -> Judged:
         """Return the content of one row."""
         instruction, *outputs = map(row.text, ("instruction", "output_1", "output_2"))
         generators = (row.text(name) if name in row else "" for name in ("generator_1", "generator_2"))
         preference = _preference(row)
-        if not instruction.strip() or not all(output.strip() for output in outputs):
-            raise Drop("empty instruction or output")
-        if outputs[0].split() == outputs[1].split():
-            raise Drop("identical outputs")
+        drop_if(
+            not instruction.strip() or not all(output.strip() for output in outputs), "empty instruction or output"
+        )
+        drop_if(outputs[0].split() == outputs[1].split(), "identical outputs")
         labels = {name: row[name] for name in KEPT if isinstance(row.get(name), str)}
         return Judged(instruction, tuple(outputs), tuple(generators), preference, labels)
 
@@ -88,11 +90,11 @@ class AlpacaEval(ComparisonImporter):
             for row in rows:
                 together[row.group, row.instruction].append(row)
             comparisons[split] = [one for same in together.values() for one in self.compare(same, counts)]
-        if not any(comparisons.values()):
-            raise InputError(
-                f"{self.input}: found nothing left to compare ({dict(+counts)}), expected two options of one "
-                "instruction (with min_gap: that differ by it)"
-            )
+        require(
+            any(comparisons.values()),
+            f"{self.input}: found nothing left to compare ({dict(+counts)}), expected two options of one "
+            "instruction (with min_gap: that differ by it)",
+        )
         report["assembled"] = dict(+counts)
         return comparisons
 
@@ -184,12 +186,10 @@ def _star(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Compa
 
 
 def _preference(row: Record) -> float:
-    if row.get("preference") is None:
-        raise Drop("no preference")
+    drop_if(row.get("preference") is None, "no preference")
     value = row.number("preference")
     if value == 0:
-        row.repairs["repaired: preference 0 read as a tie"] += 1
+        row.count("repaired: preference 0 read as a tie")
         return 0.5
-    if not 1 <= value <= 2:
-        raise Drop("preference that is neither 0 nor from 1 to 2")
+    drop_if(not 1 <= value <= 2, "preference that is neither 0 nor from 1 to 2")
     return value - 1

@@ -17,10 +17,10 @@ from numbers import Integral
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.comparisons import ComparisonImporter
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preference_forms import root_group
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.tokenizers import load_tokenizer
@@ -49,20 +49,16 @@ class BestOf4(ComparisonImporter):
         """Return the comparison of the different samples of one query."""
         query, *samples = (self._decoded(row, name) for name in ("query", *SAMPLES))
         best = row.whole("best")
-        if best not in range(len(samples)):
-            raise InputError(f"{row.where}: best: found {best}, expected 0 to {len(samples) - 1}")
-        if not query.strip():
-            raise Drop("empty query")
-        if not samples[best].strip():
-            raise Drop("the best sample is empty")
+        require(best in range(len(samples)), f"{row.where}: best: found {best}, expected 0 to {len(samples) - 1}")
+        drop_if(not query.strip(), "empty query")
+        drop_if(not samples[best].strip(), "the best sample is empty")
         places: dict[tuple[str, ...], int] = {}  # words of an option -> the first sample with these words
         for place, sample in enumerate(samples):
             if not sample.strip():
-                row.repairs["repaired: empty sample left out"] += 1
+                row.count("repaired: empty sample left out")
             elif places.setdefault(tuple(sample.split()), place) != place:
-                row.repairs["repaired: samples of the same words merged"] += 1
-        if len(places) < 2:
-            raise Drop("fewer than two different samples")
+                row.count("repaired: samples of the same words merged")
+        drop_if(len(places) < 2, "fewer than two different samples")
         chosen = places[tuple(samples[best].split())]
         context = (Turn("user", query),)
         return Comparison(
@@ -84,12 +80,11 @@ class BestOf4(ComparisonImporter):
             if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < len(self.loaded):
                 raise InputError(f"{row.where}: {name}: found {shown(value)}, expected ids of the tokenizer")
         if ids and ids[-1] == self.loaded.eos_token_id:
-            row.repairs["repaired: end token removed"] += 1
+            row.count("repaired: end token removed")
             ids.pop()
         text = self.loaded.decode(ids, clean_up_tokenization_spaces=False)
         if text != text.strip(_NO_TEXT):
-            row.repairs["repaired: part of a character removed at the end of a text"] += 1
+            row.count("repaired: part of a character removed at the end of a text")
             text = text.strip(_NO_TEXT)
-        if _NO_TEXT in text:
-            raise Drop("token ids that do not decode to text")
+        drop_if(_NO_TEXT in text, "token ids that do not decode to text")
         return text

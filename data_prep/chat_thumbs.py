@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.trajectories import TrajectoryImporter
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import require, shown
 from offline_lmrl.logs.forms import build_trajectory
 from offline_lmrl.logs.messages import read_turns
 from offline_lmrl.logs.preference_forms import root_group
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Drop, Record, drop_if
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
 _TAGS = ("useful", "complete", "creative", "clear_formatting", "incorrect", "superficial", "instructions_not_followed")
@@ -50,18 +50,16 @@ class ChatThumbs(TrajectoryImporter):
         """Return the trajectory of one chat, in which the replies with a thumb have the reward 1 or −1."""
         if row.get("messages") is None and row.get("model_pos") is not None:
             row = replace(row, fields=_from_comparia(row))
-        if row.get("messages") is None or (row.get("reaction") is None and row.get("reactions") is None):
-            raise InputError(
-                f"{row.where}: fields: found {shown(list(row))}, expected messages and reaction {{turn, value}}, "
-                "or messages and reactions, a list of those"
-            )
+        require(
+            row.get("messages") is not None and (row.get("reaction") is not None or row.get("reactions") is not None),
+            f"{row.where}: fields: found {shown(list(row))}, expected messages and reaction {{turn, value}}, "
+            "or messages and reactions, a list of those",
+        )
         turns = read_turns(row, "messages", allow_empty=True)
         found = [row.inner("reaction")] if row.get("reactions") is None else row.objects("reactions")
-        if any(turn.reward is not None for turn in turns):
-            raise Drop("rewards in addition to reactions")
+        drop_if(any(turn.reward is not None for turn in turns), "rewards in addition to reactions")
         scored = _scores([replace(reaction, where=row.where) for reaction in found], turns, row.repairs)
-        if turns[-1].role != "assistant":
-            row.repairs["kept: a chat that does not end with the agent"] += 1
+        row.count("kept: a chat that does not end with the agent", turns[-1].role != "assistant")
         credited = [
             replace(turn, trainable=None if i in scored else False, reward=scored.get(i))
             if i in scored or turn.is_trainable
@@ -126,8 +124,7 @@ def _scores(reactions: Sequence[Record], turns: Sequence[Turn], repairs: Counter
             thumbs[turn] = value if thumbs.get(turn, value) == value else None
     scored = {turn: value for turn, value in thumbs.items() if value is not None}
     reasons += ["contradictory reactions to one reply"] * (len(thumbs) - len(scored))
-    if not scored:
-        raise Drop(reasons[0] if reasons else "no reaction")
+    drop_if(not scored, reasons[0] if reasons else "no reaction")
     repairs.update(f"repaired: left out: {reason}" for reason in reasons)
     return scored
 
@@ -142,8 +139,7 @@ def _value(reaction: Record) -> float:
     else:
         liked, disliked = map(reaction.thumb, ("liked", "disliked"))
         value = float(bool(liked) - bool(disliked))
-    if value not in (1, -1):
-        raise Drop("a reaction that is neither up nor down")
+    drop_if(value not in (1, -1), "a reaction that is neither up nor down")
     return value
 
 
@@ -162,9 +158,9 @@ def _turn(reaction: Record, turns: Sequence[Turn]) -> int:
     if place in replies:
         return place
     if turns and turns[0].role == "system" and place + 1 in replies:
-        reaction.repairs["repaired: turn counted without the system message"] += 1
+        reaction.count("repaired: turn counted without the system message")
         return place + 1
     if quoted is not None and len(replies) == 1:
-        reaction.repairs["repaired: reply found by its text"] += 1
+        reaction.count("repaired: reply found by its text")
         return replies[0]
     raise Drop("a reaction that is not on a reply of the agent")

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.source import FileSource, write_trajectories
-from offline_lmrl.errors import InputError
-from offline_lmrl.logs.record import Drop
+from offline_lmrl.errors import InputError, require
+from offline_lmrl.logs.record import Drop, drop_if
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks.negotiation import (
@@ -205,14 +205,11 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
       repairs: incremented, under the reason, if the logged reward is not used as it is.
     Raises: Drop if the line cannot be used.
     """
-    if not line:
-        raise Drop("blank line")
+    drop_if(not line, "blank line")
     match = _TAGGED.fullmatch(line) or _PLAIN.fullmatch(line)
-    if match is None:
-        raise Drop("a line in neither of the two forms")
+    drop_if(match is None, "a line in neither of the two forms")
     own, partner = ([int(number) for number in match[name].split()] for name in ("own", "partner"))
-    if own[::2] != partner[::2]:
-        raise Drop("the two sides have different counts")
+    drop_if(own[::2] != partner[::2], "the two sides have different counts")
     scenario = Scenario(tuple(own[::2]), (tuple(own[1::2]), tuple(partner[1::2])))
     logged = match.groupdict()  # only the plain form has reward and flag
     side = _with_outcome(
@@ -230,8 +227,11 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
         ),
         repairs,
     )
-    if not any(speaker == "YOU" for speaker, _ in side.talk) and side.outcome in ("division not logged", "disconnect"):
-        raise Drop("this side has neither a turn nor a division")
+    drop_if(
+        not any(speaker == "YOU" for speaker, _ in side.talk)
+        and side.outcome in ("division not logged", "disconnect"),
+        "this side has neither a turn nor a division",
+    )
     return side
 
 
@@ -291,11 +291,12 @@ def permutations(side: Side) -> list[Side]:
 
 def _talk(text: str) -> tuple[tuple[str, str], ...]:
     turns = [_TURN.fullmatch(turn) for turn in text.split(" <eos> ")]
-    if not all(turns):
-        raise Drop("a turn without speaker or words")
+    drop_if(not all(turns), "a turn without speaker or words")
     talk = tuple((turn[1], turn[2]) for turn in turns)
-    if [words == SELECTION for _, words in talk] != [False] * (len(talk) - 1) + [True]:
-        raise Drop("the selection is not the last turn")
+    drop_if(
+        [words == SELECTION for _, words in talk] != [False] * (len(talk) - 1) + [True],
+        "the selection is not the last turn",
+    )
     return talk
 
 
@@ -311,14 +312,12 @@ def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
     words = selection.split(" ")
     if not all(_ITEM.fullmatch(word) for word in words):
         outcome = _OUTCOMES.get(selection) or (_OUTCOMES.get(words[0]) if words == words[:1] * 6 else None)
-        if outcome is None:
-            raise Drop("a selection that is neither a division nor a known word")
+        drop_if(outcome is None, "a selection that is neither a division nor a known word")
         if outcome == "division not logged":
             repairs["division not logged: reward 0 on the last turn of this side"] += 1
         return replace(side, outcome=outcome)
     numbers = [int(_ITEM.fullmatch(word)[1]) for word in words]
-    if len(numbers) != (6 if flag is None else 3):
-        raise Drop("a selection with the wrong number of items")
+    drop_if(len(numbers) != (6 if flag is None else 3), "a selection with the wrong number of items")
     division, counts = tuple(numbers[:3]), side.scenario.counts
     possible = all(number <= count for number, count in zip(division, counts, strict=True))
     agreed = possible and (fits(counts, division, tuple(numbers[3:])) if flag is None else flag == "agree")
@@ -355,11 +354,11 @@ def _held_out(rows: Sequence[Trajectory], number: int | None, seed: int, path: P
     groups = sorted({row.group for row in rows}, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
     if number is None:
         number = min(_HELD_OUT, len(groups) // 5)
-    if not 0 <= number < len(groups):
-        raise InputError(
-            f"held_out_scenarios: found {number}, expected 0 to {max(len(groups) - 1, 0)}, "
-            f"so that at least one scenario of {path.name} is left for train"
-        )
+    require(
+        0 <= number < len(groups),
+        f"held_out_scenarios: found {number}, expected 0 to {max(len(groups) - 1, 0)}, "
+        f"so that at least one scenario of {path.name} is left for train",
+    )
     return set(groups[:number])
 
 

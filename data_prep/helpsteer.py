@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_prep.comparisons import ComparisonImporter
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.messages import read_turns
 from offline_lmrl.logs.preference_forms import read_comparison
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Turn, messages_of
 from offline_lmrl.settings import setting
 
@@ -79,10 +79,7 @@ class HelpSteer(ComparisonImporter):
         made = {split: rows for split, rows in made.items() if rows}
         if "all" in made and len(made) > 1:
             made["train"] = [*made.get("train", ()), *made.pop("all")]
-        if not made:
-            raise InputError(
-                f"{self.input}: found nothing to compare ({dict(counts)}), expected two responses to one prompt"
-            )
+        require(made, f"{self.input}: found nothing to compare ({dict(counts)}), expected two responses to one prompt")
         report["assembled"] = dict(counts)
         return made
 
@@ -121,8 +118,7 @@ def compare(rows: Iterable[Rated], rating: str, counts: Counter[str]) -> Iterato
 def _pair(row: Record, names: tuple[str, ...]) -> tuple[str, Comparison] | None:
     before, *responses, preferred = names
     preference = row.number(preferred)
-    if not -3 <= preference <= 3:
-        raise InputError(f"{row.where}: {preferred}: found {preference:g}, expected -3 to 3")
+    require(-3 <= preference <= 3, f"{row.where}: {preferred}: found {preference:g}, expected -3 to 3")
     split = row.get("split")
     if split is not None and (not isinstance(split, str) or split not in SPLITS):
         raise row.error("split", f"one of {', '.join(SPLITS)}")
@@ -143,7 +139,6 @@ def _pair(row: Record, names: tuple[str, ...]) -> tuple[str, Comparison] | None:
 
 def _prompt(text: str) -> tuple[Turn, ...]:
     first, *rest = _TAG.split(text)
-    if not first.strip():
-        raise Drop("empty prompt")
+    drop_if(not first.strip(), "empty prompt")
     parts = zip(rest[::2], rest[1::2], strict=True)
     return Turn("user", first), *(Turn(_ROLES[speaker], words) for speaker, words in parts)

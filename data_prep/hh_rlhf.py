@@ -38,6 +38,7 @@ class HhRlhf(StreamingImporter):
         comparison = read_comparison(sides | {"source": "hh-rlhf"}, row.where, row.repairs, self.allow_empty)
         if comparison is not None:
             turns = [*comparison.context, *(turn for option in comparison.options for turn in option)]
-            if any(_INNER_TAG.search(turn.content) for turn in turns):
-                row.repairs["kept: row with a speaker tag inside a turn"] += 1
+            row.count(
+                "kept: row with a speaker tag inside a turn", any(_INNER_TAG.search(turn.content) for turn in turns)
+            )
         return comparison

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.trajectories import TrajectoryImporter
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.forms import build_trajectory
 from offline_lmrl.logs.preference_forms import read_context, read_reply, root_group
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Trajectory
 
 
@@ -28,20 +28,15 @@ class Kto(TrajectoryImporter):
     def read(self, row: Record) -> Trajectory:
         """Return the trajectory of one row, whose last agent turn has the reward 1 or −1."""
         for name in ("prompt", "completion"):
-            if row.get(name) is None:
-                raise InputError(f"{row.where}: {name}: found none, expected text or messages")
+            require(row.get(name) is not None, f"{row.where}: {name}: found none, expected text or messages")
         label = row.thumb("label")
-        if label is None:
-            raise Drop("no label")
+        drop_if(label is None, "no label")
         context = read_context(row, "prompt")
         reply = read_reply(row, "completion", context, row["prompt"])
         agent = [i for i, turn in enumerate(reply) if turn.is_trainable]
-        if not agent:
-            raise Drop("a completion without an agent turn")
-        if not all(reply[i].content.strip() for i in agent):
-            raise Drop("empty reply")
-        if any(turn.reward is not None for turn in reply):
-            raise Drop("a reward in addition to the label")
+        drop_if(not agent, "a completion without an agent turn")
+        drop_if(not all(reply[i].content.strip() for i in agent), "empty reply")
+        drop_if(any(turn.reward is not None for turn in reply), "a reward in addition to the label")
         reply[agent[-1]] = replace(reply[agent[-1]], reward=1.0 if label else -1.0)
         made = build_trajectory(
             row,

@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from data_prep.trajectories import TrajectoryImporter
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import content_key
-from offline_lmrl.logs.record import Drop, Record, thumb
+from offline_lmrl.logs.record import Record, drop_if, thumb
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.settings import setting
 
@@ -84,16 +84,17 @@ class LmrlGym(TrajectoryImporter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InputError(f"max_steps: found {self.max_steps}, expected a number from 1 up, or null")
+        require(
+            self.max_steps is None or self.max_steps >= 1,
+            f"max_steps: found {self.max_steps}, expected a number from 1 up, or null",
+        )
 
     def read_value(self, row: Any, where: str, repairs: Counter[str]) -> Trajectory | Move:
         """Return the game of a row that is a list of moves or, see `read`, an object."""
         if not isinstance(row, list):
             return super().read_value(row, where, repairs)
         moves = Record({f"moves[{i}]": move for i, move in enumerate(row)}, where, repairs)
-        if not moves:
-            raise Drop("a game without a move")
+        drop_if(not moves, "a game without a move")
         expected = "an object with state, action, reward and done"
         return _moves([_move(moves.inner(name, expected), i) for i, name in enumerate(moves)])
 
@@ -107,8 +108,7 @@ class LmrlGym(TrajectoryImporter):
                 break
         else:
             raise InputError(f"{row.where}: fields: found {shown(list(row))}, expected {_LAYOUTS}")
-        if done is None:
-            raise Drop("a game without a value of done")
+        drop_if(done is None, "a game without a value of done")
         return _game(parts, done, row.others(_USED))
 
     def assemble(
@@ -151,8 +151,7 @@ def _move(record: Record, line: int) -> Move:
     if spelt:
         state, action = " ".join(state), " ".join(action)
     done = _quietly(record).thumb("done")
-    if done is None:
-        raise InputError(f"{record.where}: done: found none, expected true or false")
+    require(done is not None, f"{record.where}: done: found none, expected true or false")
     return Move(state, action, record.number("reward"), done, line)
 
 
@@ -178,8 +177,10 @@ def _history(row: Record, reward: str) -> tuple[list[Part], bool]:
 def _sequence(row: Record, reward: str) -> tuple[list[Part], bool | None]:
     texts, acts = [], []
     for name, part in row.each("sequence").items():
-        if not isinstance(part, list | tuple) or len(part) != 2:
-            raise InputError(f"{row.where}: {name}: found {shown(part)}, expected a text and whether it is an action")
+        require(
+            isinstance(part, list | tuple) and len(part) == 2,
+            f"{row.where}: {name}: found {shown(part)}, expected a text and whether it is an action",
+        )
         texts.append(replace(row, fields={name: part[0]}).text(name))
         acts.append(thumb(part[1], name, row.where, Counter()))
     rewards = row.numbers("reward")
@@ -196,12 +197,14 @@ def _parts(
     Args:
       name: the field that holds the rewards, for error messages.
     """
-    if len(rewards) != len(texts):
-        raise InputError(
-            f"{row.where}: {name}: found {len(rewards)} for {len(texts)} texts, expected one for each text"
-        )
-    if any(reward and not act for act, reward in zip(acts, rewards, strict=True)):
-        raise InputError(f"{row.where}: {name}: found a reward on a text that is not an action, expected 0 there")
+    require(
+        len(rewards) == len(texts),
+        f"{row.where}: {name}: found {len(rewards)} for {len(texts)} texts, expected one for each text",
+    )
+    require(
+        not any(reward and not act for act, reward in zip(acts, rewards, strict=True)),
+        f"{row.where}: {name}: found a reward on a text that is not an action, expected 0 there",
+    )
     return list(zip(texts, map(bool, acts), rewards, strict=True))
 
 
@@ -209,8 +212,7 @@ def _questions(row: Record, reward: str) -> tuple[list[Part], bool]:
     correct, parts, lines = row.thumb("correct"), [("Questions:", False, 0.0)], row.texts("lines")
     for i, line in enumerate(lines):
         match = _QUESTION.fullmatch(line)
-        if match is None:
-            raise InputError(f"{row.where}: lines[{i}]: found {shown(line)}, expected a question and its answer")
+        require(match is not None, f"{row.where}: lines[{i}]: found {shown(line)}, expected a question and its answer")
         earned = 0.0 if correct and i == len(lines) - 1 else -1.0
         parts += [(match["question"], True, earned), (match["answer"], False, 0.0)]
     return parts, correct or len(lines) >= QUESTIONS
@@ -240,8 +242,7 @@ def _earned(row: Record, kind: str) -> float:
     if kind == "revenue":
         return 0.0 if price is None else price / 1000
     listed, budget = output.number("msrp"), buyer.number("budget")
-    if listed <= 0:
-        raise InputError(f"{output.where}: msrp: found {listed:g}, expected a number above 0")
+    require(listed > 0, f"{output.where}: msrp: found {listed:g}, expected a number above 0")
     if not bought:
         return (listed - budget) / listed
     return 0.0 if price is None else price / ((budget + listed) / 2)
@@ -273,8 +274,7 @@ def _game(parts: Iterable[Part], done: bool, labels: Mapping[str, Any]) -> Traje
         else:
             turns.append(Turn("assistant", text, reward=reward) if act else Turn("user", text))
     agent = [turn for turn in turns if turn.role == "assistant"]
-    if not agent or not all(turn.content for turn in agent):
-        raise Drop("a game without an action, or with an empty one")
+    drop_if(not agent or not all(turn.content for turn in agent), "a game without an action, or with an empty one")
     return Trajectory(tuple(turns), terminated=done, source="lmrl-gym", labels=labels)
 
 

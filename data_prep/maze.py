@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from data_prep.source import Source, write_shares
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks.maze import FREE, GOAL, MAX_STEPS, MOVES, Cell, Maze, distances, move
@@ -43,8 +43,7 @@ class MazeLogs(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.episodes < 1:
-            raise InputError(f"episodes: found {self.episodes}, expected at least 1")
+        require(self.episodes >= 1, f"episodes: found {self.episodes}, expected at least 1")
 
     def make(self) -> dict[str, float]:
         """Play and write the episodes."""

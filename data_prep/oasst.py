@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.source import Importer, count_row
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import parsed
 from offline_lmrl.logs.preference_forms import read_comparison
@@ -106,8 +106,7 @@ class MessageImporter(Importer):
         replies = {split: list(connect(chain.from_iterable(rows), counts)) for split, rows in found.items()}
         counts = Counter(dict(+counts))
         made = {split: list(self.rows_of(some, counts)) for split, some in replies.items()}
-        if not any(made.values()):
-            raise InputError(f"{self.input}: found {self.expected_replies(counts)}")
+        require(any(made.values()), f"{self.input}: found {self.expected_replies(counts)}")
         report["assembled"] = dict(+counts)
         return made
 
@@ -123,8 +122,9 @@ class MessageImporter(Importer):
         role, rank = record.get("role"), record.get("rank")
         if not isinstance(role, str) or role not in _ROLES:
             raise record.error("role", "prompter or assistant")
-        if not isinstance(parent, str | None):
-            raise InputError(f"{record.where}: parent_id: found {shown(parent)}, expected text or null")
+        require(
+            isinstance(parent, str | None), f"{record.where}: parent_id: found {shown(parent)}, expected text or null"
+        )
         for name in ("deleted", "review_result"):
             if not isinstance(record.get(name), bool | None):
                 raise record.error(name, "true, false or null")
@@ -283,10 +283,10 @@ def _by_name(record: Record, field: str, key: str) -> dict[str, float]:
     pairs = found.items()
     if isinstance(found.get("name"), Sequence):
         names, values = found.items_of("name"), found.items_of(key)
-        if len(names) != len(values):
-            raise InputError(
-                f"{found.where}: {key}: found {len(values)} for {len(names)} names, expected one for each name"
-            )
+        require(
+            len(names) == len(values),
+            f"{found.where}: {key}: found {len(values)} for {len(names)} names, expected one for each name",
+        )
         pairs = zip(map(str, names), values, strict=True)
     plain = {name: one.get(key) if isinstance(one, Mapping) else one for name, one in pairs}
     numbers = {name: replace(found, fields={key: value}) for name, value in plain.items() if value is not None}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.logs.preference_forms import is_transcript, root_group, transcript
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.settings import setting
 
@@ -38,13 +38,11 @@ class RedTeam(TrajectoryImporter):
             raise row.error("transcript", "a transcript of Human and Assistant")
         turns = transcript(row["transcript"], row.repairs)
         if turns[-1].role == "user":
-            row.repairs["repaired: last message without a reply removed"] += 1
+            row.count("repaired: last message without a reply removed")
             turns.pop()
-        if not all(turn.content for turn in turns if turn.is_trainable):
-            raise Drop("empty reply")
+        drop_if(not all(turn.content for turn in turns if turn.is_trainable), "empty reply")
         field = "rating" if self.reward == "rating" else _SCORE
-        if row.get(field) is None:
-            raise Drop(f"no {field}")
+        drop_if(row.get(field) is None, f"no {field}")
         score = -row.between(field, 0, HIGHEST) if self.reward == "rating" else row.number(field)
         turns[-1] = replace(turns[-1], reward=score)
         labels = row.others({"transcript"})

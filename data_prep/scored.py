@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.trajectories import TrajectoryImporter
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.forms import no_score, read_row
 from offline_lmrl.logs.preference_forms import root_group
 from offline_lmrl.logs.record import Record
@@ -38,9 +38,9 @@ class Scored(TrajectoryImporter):
     ) -> Mapping[str, Sequence[Trajectory]]:
         """Check that some row has the column with the scores."""
         lacking = report["kept as it is"].get(no_score(str(self.reward)).removeprefix("kept: "))
-        if lacking == report["imported"]:
-            raise InputError(
-                f"{self.input}: {self.reward}: found no row with this column, expected the name of the column that "
-                "holds the scores"
-            )
+        require(
+            lacking != report["imported"],
+            f"{self.input}: {self.reward}: found no row with this column, expected the name of the column that "
+            "holds the scores",
+        )
         return found

@@ -17,10 +17,10 @@ from typing import Any
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.groups import join_groups
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import group_key
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.settings import setting
 
@@ -37,35 +37,29 @@ class Shp(ComparisonImporter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min_ratio < 1:
-            raise InputError(f"min_ratio: found {self.min_ratio}, expected a number from 1 up")
-        if self.max_pairs is not None and self.max_pairs < 1:
-            raise InputError(f"max_pairs: found {self.max_pairs}, expected a number from 1 up, or null")
+        require(self.min_ratio >= 1, f"min_ratio: found {self.min_ratio}, expected a number from 1 up")
+        require(
+            self.max_pairs is None or self.max_pairs >= 1,
+            f"max_pairs: found {self.max_pairs}, expected a number from 1 up, or null",
+        )
 
     def read(self, row: Record) -> Comparison:
         """Return the comparison of the two comments on one post."""
         post, *comments = map(row.text, ("history", "human_ref_A", "human_ref_B"))
-        if not post.strip() or not all(comment.strip() for comment in comments):
-            raise Drop("empty post or comment")
-        if any(comment.strip() in _LOST for comment in comments):
-            raise Drop("comment that was deleted")
-        if comments[0].split() == comments[1].split():
-            raise Drop("identical comments")
+        drop_if(not post.strip() or not all(comment.strip() for comment in comments), "empty post or comment")
+        drop_if(any(comment.strip() in _LOST for comment in comments), "comment that was deleted")
+        drop_if(comments[0].split() == comments[1].split(), "identical comments")
         label = row.number("labels")
         if label not in (0, 1):
             raise row.error("labels", "1 for A or 0 for B")
         better, worse = (0, 1) if label else (1, 0)
         votes = [row.number(f"score_{side}") for side in SIDES]
-        if votes[better] <= votes[worse]:
-            raise Drop("votes that contradict the label")
+        drop_if(votes[better] <= votes[worse], "votes that contradict the label")
         written = [row.number(f"created_at_utc_{side}") for side in SIDES]
-        if written[better] < written[worse]:
-            raise Drop("the preferred comment is the older one")
+        drop_if(written[better] < written[worse], "the preferred comment is the older one")
         ratio = row.number("score_ratio")
-        if ratio < 1:
-            raise InputError(f"{row.where}: score_ratio: found {ratio}, expected a number from 1 up")
-        if ratio < self.min_ratio:
-            raise Drop("ratio of the votes below min_ratio")
+        require(ratio >= 1, f"{row.where}: score_ratio: found {ratio}, expected a number from 1 up")
+        drop_if(ratio < self.min_ratio, "ratio of the votes below min_ratio")
         named = [row.known(f"c_root_id_{side}", f"score_{side}", f"created_at_utc_{side}") for side in SIDES]
         options = [{name[:-2]: value for name, value in option.items()} for option in named]
         return Comparison(

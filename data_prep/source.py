@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.files import locked, staging, writing
 from offline_lmrl.logs.io import REPORT, Row, group_key, parsed, raw_splits, split_by_group, write_text
@@ -38,8 +38,7 @@ class Source:
     seed: int = setting(0, "random seed of the data and of the split")
 
     def __post_init__(self) -> None:
-        if self.output == "":
-            raise InputError("output: found empty text, expected a path")
+        require(self.output != "", "output: found empty text, expected a path")
 
     def prepare(self) -> dict[str, Any]:
         """Write the data and report.json, and return the content of report.json.
@@ -63,12 +62,13 @@ class FileSource(Source):
     )
 
     def __post_init__(self) -> None:
-        if self.input == "":
-            raise InputError("input: found empty text, expected a path")
+        require(self.input != "", "input: found empty text, expected a path")
         super().__post_init__()
         source, output = Path(self.input).resolve(), Path(self.output).resolve()
-        if output in (source, source.parent if source.is_file() else None):
-            raise InputError(f"output: found {self.output}, which is or contains the input, expected another folder")
+        require(
+            output not in (source, source.parent if source.is_file() else None),
+            f"output: found {self.output}, which is or contains the input, expected another folder",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +136,7 @@ class Importer(FileSource):
           where: "file:row", the start of error messages.
           repairs: incremented for each repair, under a key that describes it.
         """
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+        require(isinstance(row, Mapping), f"{where}: row: found {shown(row)}, expected an object")
         return self.read(Record(row, where, repairs))
 
     def grouped(self, one: Any, row: Record) -> Any:
@@ -210,8 +209,7 @@ def check_share(validation: float) -> None:
 
     Raises: InputError if it is not.
     """
-    if not 0 <= validation < 1:
-        raise InputError(f"validation: found {validation}, expected 0 to below 1")
+    require(0 <= validation < 1, f"validation: found {validation}, expected 0 to below 1")
 
 
 def separate(made: Mapping[str, Sequence[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:
@@ -306,8 +304,8 @@ def require_no_other_splits(output: str | Path, splits: Collection[str]) -> None
     Raises: InputError if the folder has other splits.
     """
     others = sorted(path.name for path in Path(output).glob("*.jsonl") if path.stem not in splits)
-    if others:
-        raise InputError(
-            f"{output}: found {', '.join(others)} of another run, expected an empty folder or no splits "
-            f"other than {', '.join(splits)}"
-        )
+    require(
+        not others,
+        f"{output}: found {', '.join(others)} of another run, expected an empty folder or no splits "
+        f"other than {', '.join(splits)}",
+    )

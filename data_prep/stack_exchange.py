@@ -19,7 +19,7 @@ from html.parser import HTMLParser
 from data_prep.comparisons import StreamingImporter
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preference_forms import read_comparison
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Drop, Record, drop_if
 
 _BLOCKS = ("p", "div", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "table", "tr")
 _MARKS = {
@@ -44,8 +44,7 @@ class StackExchange(StreamingImporter):
             question = f"{title}\n\n{_plain(row, 'body')}"
         else:
             question = _plain(row, "question")
-        if not question.strip():
-            raise Drop("empty question")
+        drop_if(not question.strip(), "empty question")
         answers = [(answer, "text" if answer.get("text") is not None else "body") for answer in row.objects("answers")]
         read = [
             (_plain(answer, name), _rank(answer), answer.columns(set(answer) - {name})) for answer, name in answers
@@ -125,8 +124,7 @@ class _Reader(HTMLParser):
 def _plain(record: Record, name: str) -> str:
     text = record.text(name)
     made = plain_text(text)
-    if made != text:
-        record.repairs["repaired: HTML made text"] += 1
+    record.count("repaired: HTML made text", made != text)
     return made
 
 

@@ -14,10 +14,10 @@ A row is `prompt, completions, labels`. How rows are read:
 from dataclasses import dataclass, replace
 
 from data_prep.trajectories import TrajectoryImporter
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.forms import build_trajectory
 from offline_lmrl.logs.preference_forms import read_context, root_group
-from offline_lmrl.logs.record import Drop, Record, thumb
+from offline_lmrl.logs.record import Record, drop_if, thumb
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.settings import setting
 
@@ -31,37 +31,31 @@ class Stepwise(TrajectoryImporter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.wrong < self.right:
-            raise InputError(f"wrong: found {self.wrong}, expected a number below right ({self.right})")
+        require(self.wrong < self.right, f"wrong: found {self.wrong}, expected a number below right ({self.right})")
 
     def read(self, row: Record) -> Trajectory:
         """Return the trajectory of one solution, with one agent turn per step."""
-        if row.get("prompt") is None:
-            raise InputError(f"{row.where}: prompt: found none, expected text or messages")
+        require(row.get("prompt") is not None, f"{row.where}: prompt: found none, expected text or messages")
         steps, values = row.each("completions"), row.items_of("labels")
-        if len(steps) != len(values):
-            raise InputError(
-                f"{row.where}: labels: found {len(values)} for {len(steps)} completions, expected one for each "
-                "completion"
-            )
+        require(
+            len(steps) == len(values),
+            f"{row.where}: labels: found {len(values)} for {len(steps)} completions, expected one for each completion",
+        )
         context = read_context(row, "prompt")
         turns, labels = [], []
         for i, (name, value) in enumerate(zip(steps, values, strict=True)):
             step = steps.text(name)
             label = thumb(value, f"labels[{i}]", row.where, row.repairs)
             if not step.strip():
-                row.repairs["repaired: empty step left out"] += 1
+                row.count("repaired: empty step left out")
                 continue
-            if step != step.strip():
-                row.repairs["repaired: white space around a step removed"] += 1
+            row.count("repaired: white space around a step removed", step != step.strip())
             labels.append(label)
             reward = None if label is None else self.right if label else self.wrong
             turns.append(Turn("assistant", step.strip(), label is not None, reward))
         rated = [label for label in labels if label is not None]
-        if not rated:
-            raise Drop("no step with a label")
-        if rated != sorted(rated, reverse=True):
-            row.repairs["kept: a right step after a wrong one"] += 1
+        drop_if(not rated, "no step with a label")
+        row.count("kept: a right step after a wrong one", rated != sorted(rated, reverse=True))
         made = build_trajectory(
             row,
             [*context, *turns],

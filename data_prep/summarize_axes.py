@@ -15,10 +15,10 @@ from typing import Any
 
 from data_prep.summarize_comparisons import SPLITS, by_own_split, read_info, read_summary
 from data_prep.trajectories import TrajectoryImporter
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.io import group_key
 from offline_lmrl.logs.preference_forms import root_group
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.settings import setting
 
@@ -41,11 +41,11 @@ class SummarizeAxes(TrajectoryImporter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.weights:
-            raise InputError(
-                f"overall: found weights of 0 on all of {', '.join(AXES)}, expected another weight on at least one of "
-                "them"
-            )
+        require(
+            self.weights,
+            f"overall: found weights of 0 on all of {', '.join(AXES)}, expected another weight on at least one of "
+            "them",
+        )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -62,8 +62,7 @@ class SummarizeAxes(TrajectoryImporter):
         for axis in axes:
             found.between(axis, 1, _HIGHEST)
         for axis in self.weights:
-            if axis not in axes:
-                raise Drop(f"no rating on the axis {axis}")
+            drop_if(axis not in axes, f"no rating on the axis {axis}")
         raw = math.fsum(weight * axes[axis] for axis, weight in self.weights.items())
         labels = {
             **known,

@@ -20,11 +20,11 @@ from typing import Any
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.groups import join_groups
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison_checks import Feature
 from offline_lmrl.logs.io import Row
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.settings import setting
 
@@ -47,14 +47,11 @@ class SummarizeComparisons(ComparisonImporter):
         """Return the split that one row names, and the comparison of its two summaries."""
         context, known = read_info(row)
         summaries = row.objects("summaries")
-        if len(summaries) != 2:
-            raise InputError(f"{row.where}: summaries: found {len(summaries)}, expected 2")
+        require(len(summaries) == 2, f"{row.where}: summaries: found {len(summaries)}, expected 2")
         texts = [read_summary(summary) for summary in summaries]
-        if texts[0].split() == texts[1].split():
-            raise Drop("identical summaries")
+        drop_if(texts[0].split() == texts[1].split(), "identical summaries")
         choice = row.whole("choice")
-        if choice not in (0, 1):
-            raise InputError(f"{row.where}: choice: found {choice}, expected 0 or 1")
+        require(choice in (0, 1), f"{row.where}: choice: found {choice}, expected 0 or 1")
         labels = {**known, "options": [summary.known("policy", "note") for summary in summaries]}
         second = float(choice)
         confidence = _confidence(row)
@@ -62,11 +59,11 @@ class SummarizeComparisons(ComparisonImporter):
             labels["confidence"] = confidence
             given = (confidence - 1) / (_SCALE - 1)
             if (given > 0.5) != choice and given != 0.5:
-                row.repairs["kept: the confidence favours the summary that was not chosen"] += 1
+                row.count("kept: the confidence favours the summary that was not chosen")
             elif self.soft:
                 second = given
         elif self.soft:
-            row.repairs["kept: no confidence, so the target is the choice"] += 1
+            row.count("kept: no confidence, so the target is the choice")
         return SPLITS[row.choice("split", SPLITS)], Comparison(
             context,
             tuple((Turn("assistant", words),) for words in texts),
@@ -101,10 +98,10 @@ def read_info(row: Record) -> tuple[tuple[Turn, ...], dict[str, Any]]:
     """
     info = row.inner("info")
     kinds = [name for name in ("post", "article") if info.get(name) is not None]
-    if len(kinds) != 1:
-        raise InputError(
-            f"{info.where}: found {' and '.join(kinds) or 'neither'}, expected exactly one of post and article"
-        )
+    require(
+        len(kinds) == 1,
+        f"{info.where}: found {' and '.join(kinds) or 'neither'}, expected exactly one of post and article",
+    )
     info.words(kinds[0], "empty post or article")
     parts = [start + info.text(name) for name, start in _PARTS.items() if info.get(name) is not None]
     known = {"id": info.text("id"), **info.known("site"), **row.known("worker", "batch", "split")}
@@ -117,8 +114,7 @@ def read_summary(summary: Record) -> str:
     Raises: Drop if the text is empty.
     """
     words = summary.words("text", "empty summary")
-    if words != words.strip():
-        summary.repairs["repaired: white space removed at the ends of a summary"] += 1
+    summary.count("repaired: white space removed at the ends of a summary", words != words.strip())
     return words.strip()
 
 

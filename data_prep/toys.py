@@ -3,7 +3,7 @@
 from dataclasses import MISSING, dataclass
 
 from data_prep.source import VALIDATION_SHARE, Source, write_trajectories
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import require, shown
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
 
@@ -19,8 +19,10 @@ class Toys(Source):
         """Play the episodes; those of validation have the next seed."""
         made = make_environment(self.task)
         environment = made() if callable(made) else made
-        if not hasattr(environment, "logs"):
-            raise InputError(f"task: found {shown(self.task)}, expected a task that has logs, such as count")
+        require(
+            hasattr(environment, "logs"),
+            f"task: found {shown(self.task)}, expected a task that has logs, such as count",
+        )
         rows = environment.logs(self.episodes, self.seed)
         held_out = environment.logs(max(1, round(VALIDATION_SHARE * self.episodes)), self.seed + 1)
         report = {"episodes": len(rows), "mean_return": sum(row.total_return for row in rows) / len(rows)}

@@ -19,10 +19,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from data_prep.comparisons import StreamingImporter
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preference_forms import read_comparison
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.settings import setting
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
@@ -39,21 +39,21 @@ class UltraFeedback(StreamingImporter):
     def read(self, row: Record) -> Comparison | None:
         """Return the comparison of the completions of one instruction."""
         instruction = row.words("instruction", "empty instruction")
-        if row.get("source") == "truthful_qa" and not self.truthful_qa:
-            raise Drop("a question of TruthfulQA, a benchmark")
+        drop_if(row.get("source") == "truthful_qa" and not self.truthful_qa, "a question of TruthfulQA, a benchmark")
         responses, rated, options = [], [], []
         for completion in row.objects("completions"):
             responses.append(completion.text("response"))
             rated.append(_ratings(completion))
             options.append({**completion.columns(_KEPT & completion.keys()), "ratings": rated[-1]})
             if options[-1].get("overall_score") == 10 and rated[-1] and _mean(rated[-1], rated[-1]) <= 2:
-                row.repairs["repaired: overall_score 10 with a mean rating of at most 2 read as 1"] += 1
+                row.count("repaired: overall_score 10 with a mean rating of at most 2 read as 1")
                 options[-1]["overall_score"] = 1
         common = set(ASPECTS).intersection(*(ratings for ratings in rated if ratings))
-        if not any(rated) or not common:
-            raise Drop("no aspect on which all rated completions have a rating")
-        if any(ratings and len(ratings) > len(common) for ratings in rated):
-            row.repairs["repaired: aspects left out on which some rated completion has no rating"] += 1
+        drop_if(not any(rated) or not common, "no aspect on which all rated completions have a rating")
+        row.count(
+            "repaired: aspects left out on which some rated completion has no rating",
+            any(ratings and len(ratings) > len(common) for ratings in rated),
+        )
         for option, ratings in zip(options, rated, strict=True):
             option["rating"] = _mean(ratings, common) if ratings else None
         parts = {
@@ -78,8 +78,9 @@ def _ratings(completion: Record) -> dict[str, float]:
             rating = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             rating = math.nan
-        if not 1 <= rating <= 5:
-            raise InputError(f"{annotations.where}: {aspect}: Rating: found {shown(value)}, expected 1 to 5 or N/A")
+        require(
+            1 <= rating <= 5, f"{annotations.where}: {aspect}: Rating: found {shown(value)}, expected 1 to 5 or N/A"
+        )
         found[aspect] = rating
     return found
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.groups import join_groups
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.record import Record, drop_if
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.settings import setting
 
@@ -39,15 +39,11 @@ class WebGpt(ComparisonImporter):
         asked = question.words("full_text", "empty question")
         scores = [row.number(f"score_{i}") for i in (0, 1)]
         for i, score in enumerate(scores):
-            if abs(score) > 1:
-                raise InputError(f"{row.where}: score_{i}: found {score}, expected −1 to 1")
-        if abs(sum(scores)) > 1e-6:
-            raise Drop("scores that do not sum to 0")
+            require(abs(score) <= 1, f"{row.where}: score_{i}: found {score}, expected −1 to 1")
+        drop_if(abs(sum(scores)) > 1e-6, "scores that do not sum to 0")
         answers = [self._answer(row, i) for i in (0, 1)]
-        if answers[0][-1].content.split() == answers[1][-1].content.split():
-            raise Drop("identical answers")
-        if not scores[0]:
-            row.repairs["kept: tie"] += 1
+        drop_if(answers[0][-1].content.split() == answers[1][-1].content.split(), "identical answers")
+        row.count("kept: tie", not scores[0])
         first = (1 + scores[0]) / 2
         return Comparison(
             (Turn("user", asked),),
@@ -67,10 +63,9 @@ class WebGpt(ComparisonImporter):
     def _answer(self, row: Record, i: int) -> tuple[Turn, ...]:
         answer = row.text(f"answer_{i}")
         if not self.quotes and _MARK.search(answer):
-            row.repairs["repaired: citation marks removed from an answer"] += 1
+            row.count("repaired: citation marks removed from an answer")
             answer = _MARK.sub("", answer).strip()
-        if not answer.strip():
-            raise Drop("empty answer")
+        drop_if(not answer.strip(), "empty answer")
         cited = _quotes(row, f"quotes_{i}") if self.quotes else ""
         return (*([Turn("tool", cited)] if cited else []), Turn("assistant", answer))
 
@@ -85,7 +80,9 @@ def _quotes(row: Record, name: str) -> str:
         return ""
     quotes = row.inner(name)
     columns = [quotes.items_of(part) for part in ("title", "extract")]
-    if len(columns[0]) != len(columns[1]):
-        raise InputError(f"{quotes.where}: found {len(columns[0])} titles, expected one for each extract")
+    require(
+        len(columns[0]) == len(columns[1]),
+        f"{quotes.where}: found {len(columns[0])} titles, expected one for each extract",
+    )
     pairs = [replace(quotes, fields={"title": title, "extract": text}) for title, text in zip(*columns, strict=True)]
     return "\n\n".join(f"[{i}] {pair.text('title')}\n{pair.text('extract')}" for i, pair in enumerate(pairs, 1))

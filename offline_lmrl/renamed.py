@@ -4,10 +4,13 @@ The same functions rename what an earlier version wrote to runs, checkpoints and
 """
 
 import argparse
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from offline_lmrl.errors import InputError, shown
+from offline_lmrl.settings import Word
 
 # Settings, entries of a run's config, and fields of checkpoints: old name -> new name.
 KEYS = {
@@ -104,32 +107,25 @@ def _moved(block: Mapping[str, Any], file: str, path: str) -> Mapping[str, Any]:
     return found
 
 
-def current_flags(argv: Sequence[str]) -> list[str]:
-    """Replace old names of flags (--args.sampling.top_p) and old values of settings in a command line, with a warning.
+def current_keys(named: Mapping[str, Word]) -> dict[str, Any]:
+    """Return the settings of a command line under their current names, with current values and a warning if old.
 
     Args:
-      argv: the words of the command line, without the program.
+      named: dotted key -> value.
     """
-    found: list[str] = []
-    flag = None  # the flag whose value comes next
-    for word in argv:
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            parts = key.split(".")
-            foreign = next((i for i, part in enumerate(parts) if part in FOREIGN), len(parts))
-            own = 1 if parts[0] == CHOSEN else None
-            name = ".".join(KEYS.get(part, part) if i < foreign and i != own else part for i, part in enumerate(parts))
-            group, _, leaf = name.rpartition(".")
-            moves = MOVED.get(group.rpartition(".")[2], {}) if foreign == len(parts) else {}
-            name = f"{group}.{moves[leaf]}" if leaf in moves else name
-            if name != key:
-                _warn("--", key, name)
-            flag = name if foreign == len(parts) else None
-            found.append(f"--{name}{equals}{_value(flag, value) if equals else ''}")
-            flag = None if equals else flag
-        else:
-            found.append(_value(flag, word))
-            flag = None
+    found = {}
+    for key, word in named.items():
+        value = word.value if isinstance(word.value, Mapping) else word
+        block: Any = value
+        for part in reversed(key.split(".")):
+            block = {part: block}
+        new, path = current(block, "the command line"), []
+        while isinstance(new, Mapping) and (value is word or len(path) < key.count(".") + 1):
+            ((name, new),) = new.items()
+            path.append(name)
+        if new != value:
+            word = Word(json.dumps(new) if isinstance(new, Mapping) else new, new)
+        found[".".join(path)] = word
     return found
 
 
@@ -161,36 +157,8 @@ def evaluate_commands(argv: Sequence[str], holds_comparisons: Callable[[str], bo
     return [[part, *words[""], *words[part]] for part in parts]
 
 
-def _value(flag: str | None, value: str) -> str:
-    """Return the value of a flag under its current name; None = of no flag, or of one whose values are not ours."""
-    if flag is None:
-        return value
-    leaf = flag.rpartition(".")[2]
-    if value.startswith("{"):
-        import json  # here and below: the top-level help loads this module and needs none of these
-
-        import yaml
-
-        from offline_lmrl.logs.yaml_text import load_yaml
-
-        try:
-            block = load_yaml(value)
-        except yaml.YAMLError:  # the parser of the command reports it
-            return value
-        new = current({leaf: block})[leaf]
-        if new != block:
-            _warn("--", f"{flag} {value}", f"{flag} {json.dumps(new)}")
-        return value if new == block else json.dumps(new)
-    new = VALUES.get(leaf, {}).get(value, value)
-    if new != value:
-        _warn("--", f"{flag} {value}", f"{flag} {new}")
-    return new
-
-
 def _warn(before: str, old: str, new: str) -> None:
     if before:
-        import logging
-
         logging.getLogger(__name__).warning(
             "%s%s is now called %s; version 0.2 is the last to accept the old name", before, old, new
         )

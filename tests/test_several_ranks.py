@@ -82,3 +82,23 @@ assert all(p.isfinite().all() for p in run.model.parameters())
 @pytest.mark.parametrize("family", ["gemma3", "gemma4", "mllama"])
 def test_models_for_images_train_on_text_in_several_processes(tmp_path, family, algorithm):
     run_ranks(TRAIN.format(folder=str(tmp_path), family=family, algorithm=algorithm), 2, tmp_path)
+
+
+PLAY = """
+import torch
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from tests.algorithms.test_ppo import trainer, weights
+logs = [Trajectory((Turn("user", "q"), Turn("assistant", "left " * n))) for n in (1, 2, 3)]
+run = trainer({folder!r} + "/run", ptx=logs, ptx_weight=0.5, ddp_backend="gloo")
+run.train()
+found = run.accelerator.gather(weights(run).unsqueeze(0))
+if run.args.process_index == 0:
+    torch.save(found, {folder!r} + "/weights.pt")
+"""
+
+
+@pytest.mark.slow
+def test_ppo_with_logged_data_has_the_same_weights_in_both_processes(tmp_path):
+    run_ranks(PLAY.format(folder=str(tmp_path)), 2, tmp_path)
+    first, second = torch.load(tmp_path / "weights.pt")
+    assert torch.equal(first, second)

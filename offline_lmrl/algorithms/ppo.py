@@ -45,7 +45,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.decoding.distribution import filter_policy
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.probe import check_plays, check_trains
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError, shown
@@ -87,7 +86,7 @@ from offline_lmrl.tokens.experience import Experience
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.training.config import OfflineConfig, check_range
 from offline_lmrl.training.loop import Learner, LoopTrainer, mean_over_processes
-from offline_lmrl.training.starting_model import check_model, tokenizer_beside, with_adapter
+from offline_lmrl.training.starting_model import check_model, check_policy, tokenizer_beside, with_adapter
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
 OVERSHOOT = 1.5  # an update stops when its approx_kl exceeds this multiple of `stop_kl`
@@ -420,54 +419,52 @@ class Observer:
         Args:
           trajectories: the episodes, with the scores to learn from.
           counts: updated in place: message -> number of dropped turns or other faults.
-        Returns: the encoded episodes with further columns, (N,) each: "behaviour_log_prob" (log π_old), "ref_log_prob"
-          (log π_ref), "sampled_log_prob" (as the sampler reported it), "behaviour_v" (V of the state), "next_v" (V of
-          the next state), "entropy", and "place" (the index of the step).
+        Returns: the encoded episodes with further columns, (N,) each: "place" (the index of the step),
+          "behaviour_log_prob" (log π_old), "ref_log_prob" (log π_ref), "sampled_log_prob" (as the sampler reported
+          it), "behaviour_v" (V of the state), "next_v" (V of the next state) and "entropy". If tokens were filtered,
+          also "kept" (N, ⌈V/8⌉): the tokens of the vocabulary that the sampler's filters and the environment's options
+          kept, one bit per token.
         """
-        play, learner = self.config.play, self.passes.learner
         experience = Experience.of(trajectories, self.encoder, counts, self.player.renderer.close_id)
         experience.add(place=np.arange(len(experience.episode)))
-        allowed = self._allowed(trajectories, experience)
-        restricted = any(tokens is not None for tokens in allowed)
-        filtered = (play.top_k, play.top_p, play.min_p, play.support) != (None, None, None, 0.0)
-
-        def compute(batch: TokenBatch) -> dict[str, Tensor]:
-            places = batch["steps"]["place"].cpu().numpy()
-            self.passes.tokens += int(batch["attention_mask"].sum())
-            with learner.accelerator.autocast():
-                outputs = learner.module(batch, next_v=True)
-                reference = self.passes.reference_logits(batch)
-            logits, kept = outputs["logits"].float(), None
-            if restricted:
-                logits = logits.masked_fill(~_mask([allowed[i] for i in places], logits), -torch.inf)
-            if filtered or restricted:
-                # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
-                kept = filter_policy(logits, play) > -torch.inf
-                experience.keep(places, kept)
-            log_probs = log_distribution(logits, play.temperature, kept)
-            action = batch["steps"]["action"].unsqueeze(-1)
-            return {
-                "behaviour_log_prob": log_probs.gather(-1, action)[:, 0],
-                "ref_log_prob": log_distribution(reference, play.temperature, kept).gather(-1, action)[:, 0],
-                "behaviour_v": outputs["v"],
-                "next_v": outputs["next_v"],
-                "entropy": entropy(log_probs),
-            }
-
-        # A batch takes no more memory than one of windows that are all as long as the longest.
-        budget = self.config.per_device_train_batch_size * int(experience.windows.lengths.max())
-        found = collect_outputs(experience.windows, compute, self.config.device, budget)
+        compute = partial(self._outputs, allowed=self._allowed(trajectories, experience))
+        # Windows of similar length share a batch: less padding.
+        order = np.argsort(-experience.windows.lengths, kind="stable")
+        batches = _chunks(order, self.config.per_device_train_batch_size)
+        found = collect_outputs(experience.windows, compute, self.config.device, batches)
         sampled = [trajectories[episode].turns[turn].behaviour_log_prob[k] for episode, turn, k in experience.tokens()]
-        found["sampled_log_prob"] = np.asarray(sampled, dtype=np.float32)
-        experience.add(**found)
+        experience.add(**found, sampled_log_prob=np.asarray(sampled, dtype=np.float32))
         # next_v is stored now, so updates need no rows for next states.
         experience.windows = replace(experience.windows, next_rows=False)
         return experience
 
-    def _allowed(self, trajectories: Sequence[Trajectory], experience: Experience) -> list[list[int] | None]:
+    def _outputs(self, batch: TokenBatch, allowed: Sequence[list[int] | None] | None) -> dict[str, Tensor]:
+        """Compute the columns of `observe` for one batch; `allowed` is the result of `_allowed`."""
+        play, learner, steps = self.config.play, self.passes.learner, batch["steps"]
+        self.passes.tokens += int(batch["attention_mask"].sum())
+        with learner.accelerator.autocast():
+            outputs = learner.module(batch, next_v=True)
+            reference = self.passes.reference_logits(batch)
+        logits, kept, packed = outputs["logits"].float(), None, {}
+        if allowed is not None:
+            logits = logits.masked_fill(~_mask([allowed[i] for i in steps["place"].tolist()], logits), -torch.inf)
+        if allowed is not None or (play.top_k, play.top_p, play.min_p, play.support) != (None, None, None, 0.0):
+            # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
+            kept = filter_policy(logits, play) > -torch.inf
+            packed = {"kept": torch.from_numpy(np.packbits(kept.cpu().numpy(), axis=1))}
+        log_probs, action = log_distribution(logits, play.temperature, kept), steps["action"].unsqueeze(-1)
+        return packed | {
+            "behaviour_log_prob": log_probs.gather(-1, action)[:, 0],
+            "ref_log_prob": log_distribution(reference, play.temperature, kept).gather(-1, action)[:, 0],
+            "behaviour_v": outputs["v"],
+            "next_v": outputs["next_v"],
+            "entropy": entropy(log_probs),
+        }
+
+    def _allowed(self, trajectories: Sequence[Trajectory], experience: Experience) -> list[list[int] | None] | None:
         """Return, per step, the token ids that the environment's options (the only texts allowed in a turn) left open.
 
-        None for a step = all tokens.
+        None for a step = all tokens; None instead of a list = no episode has options.
         """
         found = []
         for episode, turn, k in experience.tokens():
@@ -477,7 +474,7 @@ class Observer:
             sampled = trajectories[episode].turns[turn].token_ids[:k]
             allowed = [option[k] for option in ids if option[:k] == sampled and len(option) > k]
             found.append(allowed if options else None)
-        return found
+        return found if any(found) else None
 
 
 def _mask(allowed: Sequence[list[int] | None], logits: Tensor) -> Tensor:
@@ -486,6 +483,14 @@ def _mask(allowed: Sequence[list[int] | None], logits: Tensor) -> Tensor:
     for row, tokens in zip(mask, allowed, strict=True):
         row[slice(None) if tokens is None else tokens] = True
     return mask.to(logits.device)
+
+
+def _unpacked(steps: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
+    """Return the tokens that were kept at n steps as a bool mask (n, V), for logits (n, V); None = all."""
+    if "kept" not in steps:
+        return None
+    bits = np.unpackbits(steps["kept"].cpu().numpy().astype(np.uint8), axis=1, count=logits.shape[1])
+    return torch.from_numpy(bits).bool().to(logits.device)
 
 
 def check_start(experience: Experience, bf16: bool) -> None:
@@ -636,6 +641,8 @@ class Update:
         divisors = accelerator.reduce(torch.tensor([targets, tokens], device=config.device), "sum").clamp(min=1)
         chunks = [(partial(self.ppo_terms, experience, chunk, warming), divisors[0]) for chunk in _chunks(index, size)]
         chunks += [(partial(self.ptx_terms, chunk), divisors[1]) for chunk in _chunks(logged, size)]
+        if accelerator.num_processes > 1:
+            chunks.reverse()  # DDP averages gradients with the last chunk, and logged data give V no gradient
         compared: list[dict[str, Tensor]] = []
         losses: Counter[str] = Counter()
         for number, (terms_of_chunk, divisor) in enumerate(chunks, start=1):
@@ -665,9 +672,7 @@ class Update:
         steps = batch["steps"]
         with self.learner.accelerator.autocast():
             outputs = self.learner.wrapped(batch, value_only=warming)
-        kept = experience.kept_at(steps["place"].cpu().numpy(), outputs["logits"].shape[1])
-        kept = kept if kept is None else kept.to(config.device)
-        log_probs = log_distribution(outputs["logits"], config.play.temperature, kept)
+        log_probs = log_distribution(outputs["logits"], config.play.temperature, _unpacked(steps, outputs["logits"]))
         learnt = {"v": outputs["v"]}
         compared = learnt | {"log_prob": log_probs.gather(-1, steps["action"].unsqueeze(-1))[:, 0]}
         if not warming:
@@ -732,9 +737,7 @@ class PPOTrainer(LoopTrainer):
             processing_class = tokenizer_beside(model)
         policy = as_guided(load_model(model) if isinstance(model, str) else model)
         super().__init__(args, processing_class, policy, find_unused_parameters=args.value_warmup > 0)
-        check_model(policy, self.renderer, args.max_length)
-        check_trains(policy, self.renderer)
-        check_plays(policy, self.renderer)
+        check_policy(policy, self.renderer, args.max_length)
         policy = remove_heads(policy).to(self.device)
         rule, scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
         encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=scale))

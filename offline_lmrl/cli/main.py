@@ -80,10 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _require_text(arguments)
         with _ended_by_sigterm():
-            from offline_lmrl.renamed import current_flags
-
-            name, *rest = arguments
-            _run(name, rest if name == "prepare" else current_flags(rest))
+            _run(arguments[0], arguments[1:])
     except InputError as error:
         return _refuse(str(error))
     except Failed as error:

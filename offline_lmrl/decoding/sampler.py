@@ -17,7 +17,7 @@ import bisect
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import Any, get_args
 
@@ -38,6 +38,7 @@ from offline_lmrl.tokens.conditioning import check_ask
 from offline_lmrl.tokens.rendering import Renderer
 
 FINISHED_SHARE = 0.25  # finished rows are removed from the batch once they make up this share of it
+FROM_1 = "a whole number from 1"
 CACHE_BYTES = 2**31  # limit on the caches that a session keeps between turns
 
 
@@ -47,6 +48,20 @@ def sync_every(device: torch.device) -> int:
     On a GPU each check waits until the GPU has finished its queued work; on a CPU it costs nothing.
     """
     return 1 if device.type == "cpu" else 8
+
+
+def check_numbers(config: Any) -> None:
+    """Check the fields of a dataclass that `number` made.
+
+    Raises: InputError if one of them is no finite number in its range, or not whole if its type is.
+    """
+    for one in fields(config):
+        value, types = vars(config)[one.name], get_args(one.type) or (one.type,)
+        if "expected" not in one.metadata or (value is None and NoneType in types):
+            continue
+        right = isinstance(value, (int, float) if float in types else int) and not isinstance(value, bool)
+        if not right or not one.metadata["low"] <= value <= one.metadata["high"] or abs(value) == INF:
+            raise InputError(f"{one.name}: found {shown(value)}, expected {one.metadata['expected']}")
 
 
 @dataclass(frozen=True)
@@ -62,16 +77,12 @@ class DecodingConfig(Form):
         "exp(3 · R): `ReturnHeads.expert`). null = no return is requested. The docstring of decoding/asks.py compares "
         "their results.",
     )
-    max_new_tokens: int = number(
-        64, "Longest reply in tokens, closing token included.", 1, INF, "a whole number from 1"
-    )
+    max_new_tokens: int = number(64, "Longest reply in tokens, closing token included.", 1, INF, FROM_1)
     stop: tuple[str, ...] = setting((), "Texts that end a reply; the reply's text is cut before the first of them.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for one in fields(self):
-            if "expected" in one.metadata:
-                _check_number(one, vars(self)[one.name])
+        check_numbers(self)
         check_ask(self.ask)
         if self.q_reduce not in Q_REDUCTIONS:
             raise InputError(f"q_reduce: found {shown(self.q_reduce)}, expected one of {', '.join(Q_REDUCTIONS)}")
@@ -94,16 +105,6 @@ class DecodingConfig(Form):
                 near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
                 raise InputError(f"decoding has no setting {shown(name)}; did you mean {near[0]!r}?")
         return cls(**values)
-
-
-def _check_number(one: Field, value: Any) -> None:
-    """Check the value of a field that `number` made. Raises: InputError if it is no finite number in its range."""
-    types = get_args(one.type) or (one.type,)
-    if value is None and NoneType in types:
-        return
-    right = isinstance(value, (int, float) if float in types else int) and not isinstance(value, bool)
-    if not right or not one.metadata["low"] <= value <= one.metadata["high"] or abs(value) == INF:
-        raise InputError(f"{one.name}: found {shown(value)}, expected {one.metadata['expected']}")
 
 
 class Sampler:

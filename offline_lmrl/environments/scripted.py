@@ -9,6 +9,8 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import Environment, Policy, Reply, Session
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
+Play = tuple[Sequence[Turn], Callable[[], str]]  # the opening of an episode, and what returns each text of the agent
+
 
 def scripted_episode(
     environment: Environment, opening: Sequence[Turn], choose: Callable[[], str], **fields: Any
@@ -39,7 +41,7 @@ def check_episodes(episodes: int) -> None:
 class Toy:
     """The base class of toy tasks: environments with a known behaviour policy, whose logs they make themselves.
 
-    A subclass implements Environment, sets `name` and `invalid`, and defines `logged_episode`.
+    A subclass implements Environment, sets `name` and `invalid`, and defines `behave`.
 
     Attributes:
       name: the task's name, with which the group of every logged episode begins.
@@ -49,22 +51,29 @@ class Toy:
     name = ""
     invalid = 0
 
-    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
-        """Play one episode of the behaviour policy (with `scripted_episode`).
+    def behave(self, rng: np.random.Generator, number: int) -> Play:
+        """Start an episode of the behaviour policy.
 
         Args:
-          rng: source of all random numbers.
+          rng: source of all random numbers, also those of the texts.
           number: index of the episode in its logs.
-          fields: fields of the trajectory by name: group and task.
+        Returns: the turns before the agent's first, and the function that returns each text of the agent.
         """
-        raise TypeError(f"{type(self).__name__} does not define `logged_episode`")
+        raise TypeError(f"{type(self).__name__} does not define `behave`")
+
+    @property
+    def task_name(self) -> str:
+        """The name of the task that the present episode plays, by which few-shot demonstrations are chosen."""
+        return self.name
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
         """Return this many episodes of the behaviour policy, each in a group of its own."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         return [
-            self.logged_episode(rng, number, group=f"{self.name}-{seed}-{number}", task=self.name)
+            scripted_episode(
+                self, *self.behave(rng, number), group=f"{self.name}-{seed}-{number}", task=self.task_name
+            )
             for number in range(episodes)
         ]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import (
     Turn,
     finite,
@@ -58,16 +58,14 @@ class Comparison:
     def __post_init__(self) -> None:
         object.__setattr__(self, "context", tuple(_as_context(turn, i) for i, turn in enumerate(self.context)))
         object.__setattr__(self, "options", tuple(map(tuple, self.options)))
-        if len(self.options) < 2:
-            raise InputError(f"options: found {len(self.options)}, expected at least 2")
+        require(len(self.options) >= 2, f"options: found {len(self.options)}, expected at least 2")
         for i, option in enumerate(self.options):
             _check_option(option, f"options[{i}]")
         object.__setattr__(self, "target", _target(self.target, len(self.options)))
         if self.ranking is not None:
             object.__setattr__(self, "ranking", _ranking(self.ranking, self.target))
         weight = finite("weight", self.weight)
-        if weight <= 0:
-            raise InputError(f"weight: found {weight}, expected a number above 0")
+        require(weight > 0, f"weight: found {weight}, expected a number above 0")
         object.__setattr__(self, "weight", weight)
         for name in ("group", "source"):
             require_text(name, getattr(self, name))
@@ -147,11 +145,11 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
 def _as_context(turn: Any, i: int) -> Turn:
     if not isinstance(turn, Turn):
         raise InputError(f"context[{i}]: found {shown(turn)}, expected a Turn")
-    if turn.trainable or turn.reward is not None:
-        raise InputError(
-            f"context[{i}]: found a turn that is trainable or has a reward, expected turns that are neither trained "
-            "on nor rewarded"
-        )
+    require(
+        not turn.trainable and turn.reward is None,
+        f"context[{i}]: found a turn that is trainable or has a reward, expected turns that are neither trained "
+        "on nor rewarded",
+    )
     return replace(turn, trainable=False) if turn.is_trainable else turn
 
 
@@ -159,12 +157,11 @@ def _check_option(option: tuple[Turn, ...], name: str) -> None:
     for turn in option:
         if not isinstance(turn, Turn):
             raise InputError(f"{name}: found {shown(turn)}, expected Turn objects")
-        if turn.reward is not None:
-            raise InputError(
-                f"{name}: found a reward of {turn.reward}, expected none, because the target replaces rewards"
-            )
-    if not any(turn.is_trainable for turn in option):
-        raise InputError(f"{name}: found no agent turn, expected at least one")
+        require(
+            turn.reward is None,
+            f"{name}: found a reward of {turn.reward}, expected none, because the target replaces rewards",
+        )
+    require(any(turn.is_trainable for turn in option), f"{name}: found no agent turn, expected at least one")
 
 
 def _target(target: Any, size: int) -> tuple[float, ...]:

@@ -81,7 +81,8 @@ def read_or_drop(read: Callable[[Record], Made], row: Any, where: str, counts: C
       where: "file:row", the start of every error message.
       counts: incremented for each repair of a kept row, or once for a dropped row.
     """
-    require(isinstance(row, Mapping), f"{where}: row: found {shown(row)}, expected an object")
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
     record = Record(row, where, Counter())
     try:
         made = read(record)
@@ -130,12 +131,12 @@ def _turns(row: Record, reward: str | None) -> tuple[list[Turn], str, set[str]]:
     Raises: InputError for a comparison, an unknown form or a value of the wrong type.
     """
     for fields in COMPARISON_FIELDS:
-        require(
-            not set(fields) <= row.present,
-            f"{row.where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt and completion "
-            "with a reward or label); set data.preference, or call to_trajectories, to turn comparisons into scored "
-            "rows",
-        )
+        if row.present.issuperset(fields):
+            raise InputError(
+                f"{row.where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt and "
+                "completion with a reward or label); set data.preference, or call to_trajectories, to turn "
+                "comparisons into scored rows"
+            )
     dialogue = next((name for name in DIALOGUES if name in row.present), None)
     completion = next((name for name in COMPLETIONS if name in row.present), None)
     used = {"reward"} if reward is None else set()

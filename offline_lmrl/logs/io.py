@@ -26,7 +26,7 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from offline_lmrl.errors import InputError, reading, shown
+from offline_lmrl.errors import InputError, reading, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison import to_record as comparison_record
 from offline_lmrl.logs.files import ASIDE, staging, sweep, sync, writing
@@ -199,8 +199,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises: InputError if there is nothing to write or the path cannot be written.
     """
     path, rows = Path(path), list(rows)
-    if not rows:
-        raise InputError(f"{path}: found no rows to write, expected at least one")
+    require(rows, f"{path}: found no rows to write, expected at least one")
     with atomic_output(path) as temporary:
         _write_lines(temporary, rows, compressed=path.suffix == ".gz")
 
@@ -218,8 +217,10 @@ def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) 
 
     Raises: InputError if the shares are negative or do not sum to 1.
     """
-    if not all(share >= 0 for share in shares.values()) or not math.isclose(math.fsum(shares.values()), 1.0):
-        raise InputError(f"shares: found {dict(shares)}, expected shares from 0 up that sum to 1")
+    require(
+        all(share >= 0 for share in shares.values()) and math.isclose(math.fsum(shares.values()), 1.0),
+        f"shares: found {dict(shares)}, expected shares from 0 up that sum to 1",
+    )
     splits: dict[str, list[Row]] = {name: [] for name in shares}
     names, bounds = list(shares), list(accumulate(shares.values()))
     for row in rows:
@@ -278,8 +279,7 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     Raises: InputError if `path` cannot be written.
     """
     path = Path(path)
-    if not path.name:
-        raise InputError(f"{path}: found a path without a file name, expected one that can be written")
+    require(path.name, f"{path}: found a path without a file name, expected one that can be written")
     with writing(path), staging(path) as folder:
         temporary = folder / path.name
         yield temporary
@@ -351,10 +351,12 @@ def holds_comparisons(source: str | Path) -> bool:
 
 def _part(source: str | Path, split: str | None) -> RawRows:
     parts = raw_splits(source, split)
-    if split is None and len(parts) > 1:
-        raise InputError(f"{source}: split: found none chosen, expected one of {', '.join(parts)}")
-    if split is not None and split not in parts:
-        raise InputError(f"{source}: split: found {shown(split)}, expected one of {', '.join(parts)}")
+    require(
+        split is not None or len(parts) <= 1, f"{source}: split: found none chosen, expected one of {', '.join(parts)}"
+    )
+    require(
+        split is None or split in parts, f"{source}: split: found {shown(split)}, expected one of {', '.join(parts)}"
+    )
     (rows,) = parts.values() if split is None else (parts[split],)
     return rows
 
@@ -373,10 +375,10 @@ def _scored(rows: RawRows, source: str, counts: Counter | None, reward: str | No
     """
     mine: Counter = Counter()
     made = _read(rows, source, mine, partial(read_row, reward=reward))
-    if reward is not None and mine[no_score(reward)] == len(made):
-        raise InputError(
-            f"{source}: {reward}: found no row with this column, expected the name of the column that holds the scores"
-        )
+    require(
+        reward is None or mine[no_score(reward)] != len(made),
+        f"{source}: {reward}: found no row with this column, expected the name of the column that holds the scores",
+    )
     if counts is not None:
         counts.update(mine)
     return made
@@ -414,8 +416,9 @@ def _file_rows(path: Path) -> RawRows:
             start = file.read(len(_LFS_POINTER))
     except OSError as error:
         raise InputError(f"{path}: found {error}, expected a file that can be read") from error
-    if start == _LFS_POINTER:
-        raise InputError(f"{path}: found a git-LFS pointer, expected the file itself; fetch it with git lfs pull")
+    require(
+        start != _LFS_POINTER, f"{path}: found a git-LFS pointer, expected the file itself; fetch it with git lfs pull"
+    )
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     if path.name.endswith(_TABLES):
@@ -504,8 +507,9 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _cells(header: list[str], cells: list[str], where: str) -> dict[str, str | None]:
     """Return a row of a table as {name in the header: text of the cell}; an empty cell becomes None."""
-    if len(cells) != len(header):
-        raise InputError(f"{where}: row: found {len(cells)} cells, expected {len(header)} as in the header")
+    require(
+        len(cells) == len(header), f"{where}: row: found {len(cells)} cells, expected {len(header)} as in the header"
+    )
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
 
@@ -573,8 +577,7 @@ def _folder_parts(folder: Path) -> dict[str, RawRows]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(_SUFFIXES)]
     # A .json file beside data of another suffix is a report on the data.
     files = [path for path in files if path.suffix != ".json"] or files
-    if not files:
-        raise InputError(f"{folder}: found no data files, expected {', '.join(_SUFFIXES)} files or a datasets folder")
+    require(files, f"{folder}: found no data files, expected {', '.join(_SUFFIXES)} files or a datasets folder")
     named: dict[str, list[Path]] = {}
     for path in files:
         stem = next(path.name.removesuffix(suffix) for suffix in _SUFFIXES if path.name.endswith(suffix))
@@ -635,8 +638,7 @@ def _numbered(rows: Iterable[Any], source: str, what: str) -> Iterator[tuple[str
 
 
 def _write(path: Path, records: list[dict[str, Any]], what: str) -> None:
-    if not records:
-        raise InputError(f"{path}: found no {what} to write, expected at least one")
+    require(records, f"{path}: found no {what} to write, expected at least one")
     with atomic_output(path) as temporary:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             _write_lines(temporary, records, compressed=path.suffix == ".gz")

@@ -28,7 +28,8 @@ _ROLE_NAMES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "function_call"), "assistant"),
     **dict.fromkeys(("function", "function_response", "tool_response", "observation"), "tool"),
 }
-_TOOL_FIELDS = {"name", "tool_call_id"}  # templates print them of tools only
+_KEPT = set(OPTIONAL_TURN_FIELDS) - {"name", "tool_call_id"}  # which templates print of tools only
+_READ = {"role", "content", "reasoning_content"}
 
 
 def read_turns(
@@ -125,7 +126,8 @@ def _turn(message: Any, where: str, repairs: Counter, context: bool, allow_empty
       where: "file:row: field[i]", the start of every error message.
       repairs: incremented for each repair, under a key that describes it.
     """
-    require(isinstance(message, Mapping), f"{where}: found {shown(message)}, expected an object with role and content")
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
     fields = _named({name: value for name, value in message.items() if value is not None}, repairs)
     role = fields.get("role")
     if context and role == "assistant":
@@ -138,13 +140,14 @@ def _turn(message: Any, where: str, repairs: Counter, context: bool, allow_empty
         with at(where, "."):
             fields["reward"] = as_number("reward", fields["reward"], repairs)
     fields["content"] = _content(fields, repairs)
-    fields["thinking"] = _thought(fields, where)
+    thoughts = {fields[name] for name in ("thinking", "reasoning_content") if isinstance(fields.get(name), str)}
+    fields["thinking"] = _thought(thoughts, where) if thoughts else None
     # Arrow adds every field that any row has to all rows, as null, so a null in a call means "absent".
     fields["tool_calls"] = _without_nulls(fields.get("tool_calls") or None)
     if role == "assistant" and fields.get("trainable") is False and fields.pop("reward", None) is not None:
         repairs[REWARD_REMOVED] += 1
-    kept = set(OPTIONAL_TURN_FIELDS) - (set() if role == "tool" else _TOOL_FIELDS)
-    for name in fields.keys() - kept - {"role", "content", "reasoning_content"}:
+    kept = set(OPTIONAL_TURN_FIELDS) if role == "tool" else _KEPT
+    for name in fields.keys() - kept - _READ:
         repairs[f"repaired: message field {shown(name)} left out"] += 1
     with at(where, "."):
         turn = Turn(role, fields["content"], **{name: fields[name] for name in kept & fields.keys()})
@@ -193,10 +196,9 @@ def _part(part: Any) -> str:
     raise Drop(f"content part of type {shown(kind)}")
 
 
-def _thought(message: Mapping, where: str) -> str | None:
-    """Return an agent's thought from the field `thinking` or `reasoning_content`; None if it is missing or empty."""
-    thoughts = {message[name] for name in ("thinking", "reasoning_content") if isinstance(message.get(name), str)}
-    thoughts = {thought for thought in map(read_text, thoughts) if thought}
+def _thought(texts: set[str], where: str) -> str | None:
+    """Return an agent's thought from the fields `thinking` and `reasoning_content`; None if it is empty."""
+    thoughts = {thought for thought in map(read_text, texts) if thought}
     twice = f"{where}.thinking: found a text that differs from reasoning_content, expected only one of the two"
     require(len(thoughts) <= 1, twice)
     return thoughts.pop() if thoughts else None

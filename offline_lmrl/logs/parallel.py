@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from typing import Any
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 
 _held: list[Callable[[Any], Any]] = []  # in a child: the function that it applies
 
@@ -27,10 +27,11 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
 
     Raises: InputError for fewer than one process, for several on a system that does not fork, and if a fork fails.
     """
-    if processes < 1:
-        raise InputError(f"processes: found {processes}, expected at least 1")
-    if processes > 1 and "fork" not in multiprocessing.get_all_start_methods():
-        raise InputError(f"processes: found {processes}, expected 1 on a system that does not fork")
+    require(processes >= 1, f"processes: found {processes}, expected at least 1")
+    require(
+        processes <= 1 or "fork" in multiprocessing.get_all_start_methods(),
+        f"processes: found {processes}, expected 1 on a system that does not fork",
+    )
     if processes == 1:
         yield from map(function, items)
         return

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import group_key
 from offline_lmrl.logs.protocols import Scorer
@@ -69,15 +69,19 @@ def to_trajectories(
     Raises: InputError for unknown settings, for scores that are not finite, and if no trajectory is left.
     """
     kinds = RewardKind.__args__
-    if isinstance(reward, str) and reward not in kinds:
-        raise InputError(f"reward: found {shown(reward)}, expected one of {', '.join(kinds)} or a scorer")
-    if reward_at not in ("end", "turn"):
-        raise InputError(
-            f"reward_at: found {shown(reward_at)}, expected end or turn (a label of a whole reply gives no rewards of "
-            "its tokens; a reward model with a token head does)"
-        )
-    if normalise not in Normalise.__args__:
-        raise InputError(f"normalise: found {shown(normalise)}, expected one of {', '.join(Normalise.__args__)}")
+    require(
+        not isinstance(reward, str) or reward in kinds,
+        f"reward: found {shown(reward)}, expected one of {', '.join(kinds)} or a scorer",
+    )
+    require(
+        reward_at in ("end", "turn"),
+        f"reward_at: found {shown(reward_at)}, expected end or turn (a label of a whole reply gives no rewards of "
+        "its tokens; a reward model with a token head does)",
+    )
+    require(
+        normalise in Normalise.__args__,
+        f"normalise: found {shown(normalise)}, expected one of {', '.join(Normalise.__args__)}",
+    )
     counts = Counter() if counts is None else counts
     rows = list(comparisons)
     if reward == "strength":
@@ -85,8 +89,7 @@ def to_trajectories(
     elif reward == "rating":
         rated = [all(option.get("rating") is not None for option in row.labels.get("options", [{}])) for row in rows]
         rows = _known(rows, rated, NO_RATING, counts)
-    if not rows:
-        raise InputError(f"comparisons: found none to score ({dict(counts)}), expected at least one")
+    require(rows, f"comparisons: found none to score ({dict(counts)}), expected at least one")
     raw = _raw_rewards(rows, reward)
     keys = [group_key(row) for row in rows]
     made = _normalised(raw, keys, normalise)
@@ -103,10 +106,10 @@ def to_trajectories(
                 counts[EMPTY_REPLY] += 1
                 continue
             trajectories.append(_trajectory(row, i, value, reward_at, {**how, "raw": raws[i], **constants}))
-    if not trajectories:
-        raise InputError(
-            f"comparisons: found only empty replies ({counts[EMPTY_REPLY]}), expected at least one reply with text"
-        )
+    require(
+        trajectories,
+        f"comparisons: found only empty replies ({counts[EMPTY_REPLY]}), expected at least one reply with text",
+    )
     return trajectories
 
 
@@ -171,11 +174,11 @@ def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
     found = together(rows) if together else [scorer.score(*row) for row in rows]
     scores = [np.asarray(values, dtype=float) for values in found]
     for values, (_, options) in zip(scores, rows, strict=True):
-        if values.shape != (len(options),) or not np.isfinite(values).all():
-            raise InputError(
-                f"reward: found scores {shown(values.tolist())}, expected a finite number for each of "
-                f"{len(options)} options"
-            )
+        require(
+            values.shape == (len(options),) and np.isfinite(values).all(),
+            f"reward: found scores {shown(values.tolist())}, expected a finite number for each of "
+            f"{len(options)} options",
+        )
     return scores
 
 

@@ -15,21 +15,23 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.trajectory import Turn
 
-# The optional members of environments and sessions, with the value of each where an object lacks it.
+# The optional members of environments, sessions and scorers, with the value of each where an object lacks it.
 OPTIONAL: dict[str, Any] = {
     "labels": lambda *row: {},
     "options": lambda *row: None,
     "task": None,
     "fingerprint": None,
     "counts": {},
+    "fits": lambda context, options: True,
+    "shift": 0.0,
 }
 
 
 def optional(owner: Any, member: str) -> Any:
-    """Return an optional member of an environment or session, or the value in OPTIONAL if `owner` lacks it."""
+    """Return an optional member of an environment, session or scorer, or the value in OPTIONAL if `owner` lacks it."""
     return getattr(owner, member, OPTIONAL[member])
 
 
@@ -93,7 +95,9 @@ def is_vector(environment: Any) -> bool:
 class Scorer(Protocol):
     """A reward model, rule or Q head that rates alternative replies (options) to one context.
 
-    Two members are optional:
+    Four members are optional:
+    - `fits(context, options) -> bool`: False if the options are too long for the scorer.
+    - `shift`: the constant in every score that no turn of a reply earned.
     - `score_each(rows)`: score many (context, options) at once, with one result of `score` per row. `score_rows`
       (logs/preferences.py) uses it if present.
     - `origin`: the name or specification that the scorer was loaded from, as values that JSON can hold. It is stored
@@ -184,6 +188,5 @@ def import_object(name: str, field: str) -> Any:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError, ValueError) as error:
         raise InputError(f"{field}: found {shown(name)}, which cannot be imported ({error}), {wanted}") from error
-    if not hasattr(module, attribute):
-        raise InputError(f"{field}: found {shown(name)}, but {module} has no {attribute}, {wanted}")
+    require(hasattr(module, attribute), f"{field}: found {shown(name)}, but {module} has no {attribute}, {wanted}")
     return getattr(module, attribute)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.trajectory import Trajectory
 
 
@@ -30,8 +30,7 @@ class RewardScale:
     scored_turns: int = 0
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise InputError(f"reward_scale: found {self.scale}, expected a number above 0")
+        require(self.scale > 0, f"reward_scale: found {self.scale}, expected a number above 0")
 
     @classmethod
     def fit(cls, trajectories: Sequence[Trajectory], scale: float | None = None, *, discounted: bool) -> "RewardScale":

@@ -50,6 +50,11 @@ def require_peft() -> ModuleType:
     return peft
 
 
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """Return the most tokens that a model with this config reads at once; None if the config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def part_of(model: nn.Module, name: str) -> nn.Module | None:
     """Return one of PARTS of a model, or of the model inside a PeftModel; None if it has no such part."""
     return getattr(model, name, None)

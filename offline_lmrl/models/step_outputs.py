@@ -9,7 +9,7 @@ model's forward, which then returns the result of `packed_outputs`: everything t
 forward of the model that DDP or FSDP wraps. All else calls `compute_step_outputs` for a whole data set.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -350,7 +350,8 @@ def compute_step_outputs(
                 parts.setdefault(name, []).append(values)
         return {name: torch.cat(values) for name, values in parts.items()}
 
-    found = collect_outputs(dataset, compute, model.device, token_budget, share)
+    batches = token_batches(dataset.lengths, token_budget)[share[0] :: share[1]]
+    found = collect_outputs(dataset, compute, model.device, batches)
     fields = {name: found.pop(name, np.zeros(dataset.action_tokens, dtype=np.float32)) for name in want}
     return StepOutputs(**fields, measured=found)
 
@@ -359,21 +360,19 @@ def collect_outputs(
     dataset: WindowDataset,
     compute: Callable[[TokenBatch], Mapping[str, Tensor]],
     device: torch.device,
-    token_budget: int = TOKEN_BUDGET,
-    share: tuple[int, int] = (0, 1),
+    batches: Iterable[np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """Call a function on all batches of a data set and put what it returns in the order of the data set's N steps.
+    """Call a function on batches of a data set and put what it returns in the order of the data set's N steps.
 
     Args:
-      dataset: rows of tokens with steps; a batch holds rows of similar length, the longest rows come first.
+      dataset: rows of tokens with steps.
       compute: function from a batch on `device` with n steps to tensors by name, (n, ...).
       device: the device of the batches.
-      token_budget: largest number of tokens of a batch, padding included; a longer row is a batch of its own.
-      share: (i, n): only every n-th batch, starting with batch i; other steps get zeros.
+      batches: indices of the rows of each batch, such as from `token_batches`; the steps of other rows get zeros.
     Returns: arrays by name, (N, ...), fp32 where `compute` returns floating-point numbers.
     """
     found: dict[str, np.ndarray] = {}
-    for index in token_batches(dataset.lengths, token_budget)[share[0] :: share[1]]:
+    for index in batches:
         outputs = compute(send_to_device(dataset.batch(index), device))
         places, _ = places_of(dataset.step_offsets, index)
         for name, values in outputs.items():

@@ -5,11 +5,11 @@ reward.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import Toy, scripted_episode
+from offline_lmrl.environments.scripted import Play, Toy
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
@@ -62,8 +62,8 @@ class Corridor(Toy):
         """Return the best return, which is the same from every start: the code, then "1"."""
         return 1.0
 
-    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
-        """Play a logged episode: every second one begins at the junction, and the others at a random start.
+    def behave(self, rng: np.random.Generator, number: int) -> Play:
+        """Start a logged episode: every second one begins at the junction, and the others at a random start.
 
         Episodes that begin at the junction choose "1" there. The others choose at random, and "0" if they reach the
         junction, so their returns are 0.
@@ -74,9 +74,14 @@ class Corridor(Toy):
         def choose() -> str:
             return str(int(from_junction) if self.at_junction else rng.integers(2))
 
-        trajectory = scripted_episode(self, opening, choose, labels={"from_junction": from_junction}, **fields)
-        assert from_junction or trajectory.total_return == 0, "a logged episode from a start earns a reward"
-        return trajectory
+        return opening, choose
+
+    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
+        """Return this many episodes of the behaviour policy, with the label `from_junction`."""
+        logs = super().logs(episodes, seed)
+        # The logs must hold the way from a start to the reward, but never within one episode.
+        assert not any(log.total_return for log in logs[1::2]), "a logged episode from a start earns a reward"
+        return [replace(log, labels={"from_junction": number % 2 == 0}) for number, log in enumerate(logs)]
 
     def _enter(self, start: int, at_junction: bool = False) -> Sequence[Turn]:
         self.start, self.path, self.at_junction, self.invalid = start, "", at_junction, 0

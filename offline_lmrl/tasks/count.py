@@ -5,13 +5,12 @@ Their logs contain every possible return, so a policy that is trained on them ca
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import ScriptedPolicy, Toy, scripted_episode
+from offline_lmrl.environments.scripted import Play, ScriptedPolicy, Toy
 from offline_lmrl.logs.protocols import StepResult
-from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.logs.trajectory import Turn
 
 LETTERS = tuple("abcdefgh")
 PAID = "g"
@@ -47,16 +46,13 @@ class Count(Toy):
         return StepResult((NEXT,) if self.left else (), reward, not self.left, False)
 
     def optimum(self) -> float:
-        """Return the best return, computed backwards: V(n letters left) = max over letters of reward + V(n − 1)."""
-        value = 0.0
-        for _ in range(self.turns * self.letters):
-            value = max((letter == PAID) + value for letter in LETTERS)
-        return value
+        """Return the best return: every letter is a paid one."""
+        return float(self.turns * self.letters)
 
-    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
-        """Play one episode of the behaviour policy."""
+    def behave(self, rng: np.random.Generator, number: int) -> Play:
+        """Start an episode of the behaviour policy."""
         texts = (" ".join(_letter(rng, share) for _ in range(self.letters)) for share in self._shares(rng))
-        return scripted_episode(self, self.reset(0), texts.__next__, **fields)
+        return self.reset(0), texts.__next__
 
     def _shares(self, rng: np.random.Generator) -> Iterable[float]:
         """Draw the probability p of "g" of each turn; in Count it is the same in all turns of an episode."""

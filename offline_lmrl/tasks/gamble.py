@@ -1,13 +1,12 @@
 """A task that tests whether a method learns mean returns: a high return by luck must not count as a good choice."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import Toy, scripted_episode
+from offline_lmrl.environments.scripted import Play, Toy
 from offline_lmrl.logs.protocols import StepResult
-from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.logs.trajectory import Turn
 
 
 class Gamble(Toy):
@@ -38,9 +37,9 @@ class Gamble(Toy):
         """Return the best expected return: the larger of 5 and .1 · 10."""
         return max(self.safe, self.chance * self.prize)
 
-    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
-        """Play one episode of a behaviour policy that makes both choices with equal probability."""
-        return scripted_episode(self, self._enter(rng), lambda: ("safe", "gamble")[rng.integers(2)], **fields)
+    def behave(self, rng: np.random.Generator, number: int) -> Play:
+        """Start an episode of a behaviour policy that makes both choices with equal probability."""
+        return self._enter(rng), lambda: ("safe", "gamble")[rng.integers(2)]
 
     def _enter(self, rng: np.random.Generator) -> Sequence[Turn]:
         self.lucky = bool(rng.random() < self.chance)

@@ -2,12 +2,11 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import Toy, scripted_episode
+from offline_lmrl.environments.scripted import Play, Toy, scripted_episode
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -48,7 +47,7 @@ class HiddenRule(Toy):
         """Take an answer and return the next cue; white space around the answer is ignored."""
         answer = text.strip()
         self.invalid += answer not in LETTERS
-        reward = _right(self.rule, self.cues[0], answer)
+        reward = float(answer == self._right_answer())
         self.cues = self.cues[1:]
         return StepResult(self._observe(), reward, not self.cues, False)
 
@@ -57,22 +56,25 @@ class HiddenRule(Toy):
         return {"task": task_name(self.rule), "invalid": self.invalid}
 
     def optimum(self) -> float:
-        """Return the best return of a player who knows the rule, averaged over rules."""
-        best = [max(_right(rule, cue, answer) for answer in LETTERS) for rule in self.rules for cue in CUES]
-        return sum(best) / len(self.rules)
+        """Return the best return, that of a player who knows the rule: one right answer for every cue."""
+        return float(len(CUES))
 
     def task(self, seed: int) -> str:
         """Return the task name of this seed's episode; demonstrations for it have the same task."""
         return task_name(self.rules[seed % len(self.rules)])
 
-    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
-        """Play an episode of a random rule; an answer is right with probability .7, else a random wrong letter."""
+    def behave(self, rng: np.random.Generator, number: int) -> Play:
+        """Start an episode of a random rule; an answer is right with probability .7, else a random wrong letter."""
 
         def answer() -> str:
             right = self._right_answer()
             return right if rng.random() < 0.7 else str(rng.choice([a for a in LETTERS if a != right]))
 
-        return self._play(self.rules[rng.integers(len(self.rules))], rng, answer, **fields)
+        return self._open(self.rules[rng.integers(len(self.rules))], rng), answer
+
+    @property
+    def task_name(self) -> str:
+        return task_name(self.rule)
 
     def demonstrations(self, per_rule: int, seed: int) -> list[Trajectory]:
         """Return `per_rule` episodes of each rule with all four answers right, sorted by rule, as the seeds are."""
@@ -80,14 +82,19 @@ class HiddenRule(Toy):
             raise InputError(f"per_rule: found {per_rule}, expected at least 1")
         rng = np.random.default_rng(seed)
         return [
-            self._play(rule, rng, self._right_answer, group=f"{self.name}-shown-{seed}-{rule}-{number}")
+            scripted_episode(
+                self,
+                self._open(rule, rng),
+                self._right_answer,
+                group=f"hidden_rule-shown-{seed}-{rule}-{number}",
+                task=task_name(rule),
+            )
             for rule in self.rules
             for number in range(per_rule)
         ]
 
-    def _play(self, rule: str, rng: np.random.Generator, choose: Callable[[], str], **fields: Any) -> Trajectory:
-        opening = self._enter(rule, ORDERS[rng.integers(len(ORDERS))])
-        return scripted_episode(self, opening, choose, **fields | {"task": task_name(rule)})
+    def _open(self, rule: str, rng: np.random.Generator) -> Sequence[Turn]:
+        return self._enter(rule, ORDERS[rng.integers(len(ORDERS))])
 
     def _enter(self, rule: str, cues: Sequence[str]) -> Sequence[Turn]:
         self.rule, self.cues, self.invalid = rule, cues, 0
@@ -111,7 +118,3 @@ def _split_rules(seed: int) -> tuple[list[str], list[str]]:
     rules = ["".join(answers) for answers in itertools.permutations(LETTERS, len(CUES))]
     shuffled = [rules[i] for i in np.random.default_rng(seed).permutation(len(rules))]
     return shuffled[HELD_OUT:], shuffled[:HELD_OUT]
-
-
-def _right(rule: str, cue: str, answer: str) -> float:
-    return float(answer == rule[CUES.index(cue)])

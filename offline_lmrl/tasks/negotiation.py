@@ -8,9 +8,10 @@ which is trained or evaluated, and its partner. The functions in this file make 
 and partner alike.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,10 +146,10 @@ class _Dialogue:
     invalid: int = 0  # number of the agent's empty turns, and 1 if its division is not a possible one
     scores: tuple[int, int] = (0, 0)  # agent, partner
     agreement: bool = False
-    options: dict[str, Triple | None] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.options = divisions(self.scenario.counts)
+    @functools.cached_property
+    def options(self) -> dict[str, Triple | None]:
+        return divisions(self.scenario.counts)
 
     def hear_agent(self, text: str) -> bool:
         """Add the agent's turn; return True if the partner has to reply, False if the agent selected."""

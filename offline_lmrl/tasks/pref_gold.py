@@ -9,15 +9,14 @@ exact sums, not estimates from samples.
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import Toy, scripted_episode
+from offline_lmrl.environments.scripted import Play, Toy
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.protocols import StepResult
-from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.logs.trajectory import Turn
 
 CUES = tuple("wxyz")  # the prompts
 LETTERS = tuple("abcdefgh")
@@ -69,10 +68,9 @@ class PrefGold(Toy):
         """Return the best expected return: the mean over prompts of the best reply's gold reward."""
         return float(self.table.max(axis=1).mean())
 
-    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
-        """Play one episode of the behaviour policy; preference methods must not use its gold reward."""
-        opening = self.reset(int(rng.integers(len(CUES))))
-        return scripted_episode(self, opening, lambda: REPLIES[self._draw(rng)], **fields)
+    def behave(self, rng: np.random.Generator, number: int) -> Play:
+        """Start an episode of the behaviour policy; preference methods must not use its gold reward."""
+        return self.reset(int(rng.integers(len(CUES)))), lambda: REPLIES[self._draw(rng)]
 
     def comparisons(
         self, n: int, seed: int, *, options: int = 2, temperature: float = 0.5, flips: float = 0.1, tie: float = 0.1
@@ -112,12 +110,10 @@ class PrefGold(Toy):
         order = np.argsort(-(gold / temperature + rng.gumbel(size=options)))
         if rng.random() < flips:
             order = order[::-1]
-        ranking = [[int(order[0])]]
-        for better, worse in itertools.pairwise(order.tolist()):
-            if abs(gold[better] - gold[worse]) <= tie:
-                ranking[-1].append(worse)
-            else:
-                ranking.append([worse])
+        falls = (
+            np.flatnonzero(np.abs(np.diff(gold[order])) > tie) + 1
+        )  # where the next reply is not tied with the last
+        ranking = [tied.tolist() for tied in np.split(order, falls)]
         best = ranking[0]
         replies = tuple((Turn("assistant", REPLIES[place]),) for place in drawn)
         return Comparison(

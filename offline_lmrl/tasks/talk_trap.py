@@ -1,13 +1,12 @@
 """A task that tests looking ahead: one choice pays a small reward at once, and thereby loses a larger one later."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import Toy, scripted_episode
+from offline_lmrl.environments.scripted import Play, Toy
 from offline_lmrl.logs.protocols import StepResult
-from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.logs.trajectory import Turn
 
 LETTERS = tuple("abcdefgh")
 BAD = "bad"
@@ -59,14 +58,14 @@ class TalkTrap(Toy):
         best = [max(reward + later[reply] for reward, reply in choices) for choices in outcomes.values()]
         return sum(best) / len(best)
 
-    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
-        """Play one episode of the behaviour policy."""
+    def behave(self, rng: np.random.Generator, number: int) -> Play:
+        """Start an episode of the behaviour policy."""
         shares = [0.7, 0.1, *[0.2 / len(LETTERS)] * len(LETTERS)]
 
         def choose() -> str:
             return str(rng.choice(self.words, p=shares) if self.reply is None else rng.choice(LETTERS))
 
-        return scripted_episode(self, self.reset(int(rng.integers(len(self.replies)))), choose, **fields)
+        return self.reset(int(rng.integers(len(self.replies)))), choose
 
     def _first(self, greeting: str, word: str) -> tuple[float, str]:
         """Return the reward of the first word, and the environment's reply to it."""

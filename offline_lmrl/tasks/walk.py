@@ -2,13 +2,12 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import Toy, distances_to, scripted_episode
+from offline_lmrl.environments.scripted import Play, Toy, distances_to
 from offline_lmrl.logs.protocols import StepResult
-from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.logs.trajectory import Turn
 
 NODES = tuple("abcdefghijklmnopqrstu")
 GOAL = NODES[0]
@@ -83,10 +82,10 @@ class Walk(Toy):
             }
         return sum(value.values()) / (len(NODES) - 1)
 
-    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
-        """Play a random walk, in which the start and each edge are drawn uniformly."""
+    def behave(self, rng: np.random.Generator, number: int) -> Play:
+        """Start a random walk, in which the start and each edge are drawn uniformly."""
         opening = self.reset(int(rng.integers(len(NODES) - 1)))
-        return scripted_episode(self, opening, lambda: str(rng.choice(self.edges[self.node])), **fields)
+        return opening, lambda: str(rng.choice(self.edges[self.node]))
 
     def _observe(self) -> Sequence[Turn]:
         return (Turn("user", self.node),)

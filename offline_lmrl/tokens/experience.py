@@ -26,14 +26,11 @@ class Experience:
     windows: the windows with their N steps.
     episode: (N,) index of the trajectory of each step.
     n: number of trajectories.
-    kept: (N, ⌈V/8⌉) uint8, the tokens of the vocabulary (V) that the sampler's filters (top-k, top-p, allowed texts)
-      kept at each step, one bit per token; None = all tokens.
     """
 
     windows: WindowDataset
     episode: np.ndarray
     n: int
-    kept: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -89,27 +86,3 @@ class Experience:
         Returns: the indices of the steps, (m,), in the order of `index`.
         """
         return places_of(self.windows.flat["state"][1], index)[0]
-
-    def keep(self, places: np.ndarray, kept: Tensor) -> None:
-        """Store which tokens the sampler's filters kept.
-
-        Args:
-          places: (n,) indices of steps, 0 to N − 1.
-          kept: (n, V) bool, True for a token that the filters kept at this step.
-        """
-        if self.kept is None:
-            self.kept = np.zeros((len(self.episode), -(-kept.shape[1] // 8)), dtype=np.uint8)
-        self.kept[places] = np.packbits(kept.cpu().numpy(), axis=1)
-
-    def kept_at(self, places: np.ndarray, vocabulary: int) -> Tensor | None:
-        """Return the tokens that `keep` stored for some steps.
-
-        Args:
-          places: (n,) indices of steps, 0 to N − 1.
-          vocabulary: V, number of tokens of the vocabulary.
-        Returns: (n, V) bool; None = all tokens at all steps.
-        """
-        if self.kept is None:
-            return None
-        bits = np.unpackbits(self.kept[places], axis=1, count=vocabulary)
-        return torch.from_numpy(bits).bool()

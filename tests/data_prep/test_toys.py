@@ -17,7 +17,7 @@ def test_logs_are_the_toys_own_and_splits_share_no_episode(tmp_path):
     "settings, message",
     [
         ({"task": "maze"}, "task: found 'maze', expected a task that has logs"),
-        ({"task": "wlk"}, "such as 'walk'"),
+        ({"task": "wlk"}, "did you mean 'walk'"),
         ({"task": "walk", "episodes": 0}, "episodes: found 0"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_function_of_batches_gets_all_steps_and_keeps_whole_numbers_whole():
             "pair": torch.stack([batch["steps"]["state"] + 0.5] * 2, 1).bfloat16(),
         },
         torch.device("cpu"),
-        token_budget=1,
+        token_batches(data.lengths, 1),
     )
     assert found["action"].tolist() == [30, 7, 6, 21, 11, 0] and found["action"].dtype == np.int64
     assert_close(torch.from_numpy(found["pair"])[:, 1], torch.tensor([1.5, 2.5, 0.5, 2.5, 5.5, 6.5]))

@@ -37,10 +37,3 @@ def test_what_is_added_comes_along_in_a_batch(experience):
     assert torch.equal(experience.column("advantage"), column)
     steps = experience.windows.batch([1])["steps"]
     assert torch.equal(steps["advantage"], column[experience.places(np.array([1]))])
-
-
-def test_kept_tokens_survive_their_packing(experience):
-    assert experience.kept_at(np.array([0]), 11) is None
-    kept = torch.arange(33).view(3, 11) % 3 == 0
-    experience.keep(np.array([4, 0, 2]), kept)
-    assert torch.equal(experience.kept_at(np.array([0, 2, 4]), 11), kept[[1, 2, 0]])
