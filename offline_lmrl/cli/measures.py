@@ -10,7 +10,7 @@ from typing import Any
 
 from offline_lmrl.cli.output import check_output, print_counts, print_report, progress_bar
 from offline_lmrl.cli.play import OpenedRun
-from offline_lmrl.decoding.planner import PlannerConfig
+from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.settings import REQUIRED, setting

@@ -24,9 +24,9 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import TERMS, Form
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.trajectory import Turn
