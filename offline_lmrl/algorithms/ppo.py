@@ -334,6 +334,7 @@ class Rollouts:
 
 
 def agent_turns(trajectories: Sequence[Trajectory]) -> list[Turn]:
+    """Return the agent's turns of all episodes, in order."""
     return [turn for trajectory in trajectories for turn in trajectory.turns if turn.is_trainable]
 
 
@@ -388,11 +389,13 @@ class Passes:
         self.learner, self.reference, self.tokens = learner, reference, 0
 
     def batch(self, windows: WindowDataset, index: np.ndarray) -> TokenBatch:
+        """Return the windows with these indices as a batch on the training device."""
         batch = windows.batch(index)
         self.tokens += int(batch["attention_mask"].sum())
         return send_to_device(batch, self.learner.args.device)
 
     def reference_logits(self, batch: TokenBatch) -> Tensor:
+        """Return the logits of π_ref at the N steps of a batch, (N, V)."""
         steps, policy = batch["steps"], self.learner.module.policy
         inputs = {name: batch[name][: batch["windows"]] for name in ("input_ids", "attention_mask")}
         self.tokens += int(inputs["attention_mask"].sum())
@@ -930,14 +933,16 @@ def check_score_starts_v(block: Mapping[str, Any], args: PPOConfig) -> None:
 
 
 def _freeze_unreached(module: ActorCritic, encoder: EpisodeEncoder, args: PPOConfig) -> bool:
-    """Freeze the parameters that get no gradient from the policy's logits or from V; return True if there are any.
+    """Freeze the parameters that get no gradient from the policy's logits or from V.
 
     They are found by one forward pass on a made-up dialogue. It is long, because some parts of a model are used for
     long texts only.
+
+    Returns: True if DistributedDataParallel must look for unused parameters in every step (`freeze_unreached`).
     """
     long = "a " * (args.max_length // 4)
     dialogue = Trajectory((Turn("user", long), Turn("assistant", "b", reward=0.0)))
     columns = encode_trajectories([dialogue], encoder, Counter())
     windows = WindowDataset(columns, encoder.renderer.close_id, next_rows=False, end_rows=False)
     outputs = module(send_to_device(windows.batch(np.arange(1)), args.device))
-    return bool(freeze_unreached(module, outputs["logits"].sum() + outputs["v"].sum()))
+    return freeze_unreached(module, outputs["logits"].sum() + outputs["v"].sum())
