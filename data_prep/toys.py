@@ -2,8 +2,9 @@
 
 from dataclasses import MISSING, dataclass
 
-from data_prep.source import VALIDATION_SHARE, Source, write_trajectories
+from data_prep.source import VALIDATION_SHARE, Report, Source, write_trajectories
 from offline_lmrl.errors import require, shown
+from offline_lmrl.logs.protocols import optional
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
 
@@ -15,15 +16,13 @@ class Toys(Source):
     task: str = setting(MISSING, "corridor, gamble, count, count1, talk, talk_trap, hidden_rule or walk")
     episodes: int = setting(500, "number of training episodes")
 
-    def make(self) -> dict[str, float]:
+    def make(self) -> Report:
         """Play the episodes; those of validation have the next seed."""
         made = make_environment(self.task)
         environment = made() if callable(made) else made
-        require(
-            hasattr(environment, "logs"),
-            f"task: found {shown(self.task)}, expected a task that has logs, such as count",
-        )
-        rows = environment.logs(self.episodes, self.seed)
-        held_out = environment.logs(max(1, round(VALIDATION_SHARE * self.episodes)), self.seed + 1)
+        logs = optional(environment, "logs")
+        require(logs, f"task: found {shown(self.task)}, expected a task that has logs, such as count")
+        rows = logs(self.episodes, self.seed)
+        held_out = logs(max(1, round(VALIDATION_SHARE * self.episodes)), self.seed + 1)
         report = {"episodes": len(rows), "mean_return": sum(row.total_return for row in rows) / len(rows)}
         return write_trajectories(self.output, {"train": rows, "validation": held_out}, report)
