@@ -3,8 +3,8 @@
 from dataclasses import MISSING, dataclass
 
 from data_prep.source import VALIDATION_SHARE, Report, Source, write_trajectories
+from offline_lmrl.environments.scripted import Toy
 from offline_lmrl.errors import require, shown
-from offline_lmrl.logs.protocols import optional
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
 
@@ -20,9 +20,11 @@ class Toys(Source):
         """Play the episodes; those of validation have the next seed."""
         made = make_environment(self.task)
         environment = made() if callable(made) else made
-        logs = optional(environment, "logs")
-        require(logs, f"task: found {shown(self.task)}, expected a task that has logs, such as count")
-        rows = logs(self.episodes, self.seed)
-        held_out = logs(max(1, round(VALIDATION_SHARE * self.episodes)), self.seed + 1)
+        require(
+            isinstance(environment, Toy),
+            f"task: found {shown(self.task)}, expected a task that has logs, such as count",
+        )
+        rows = environment.logs(self.episodes, self.seed)
+        held_out = environment.logs(max(1, round(VALIDATION_SHARE * self.episodes)), self.seed + 1)
         report = {"episodes": len(rows), "mean_return": sum(row.total_return for row in rows) / len(rows)}
         return write_trajectories(self.output, {"train": rows, "validation": held_out}, report)

@@ -22,7 +22,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
-from offline_lmrl.decoding.scorers import drop_too_long, load_scorer
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.files import differences, locked, read_object, reading, say_differences, sweep
@@ -184,6 +183,8 @@ def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> 
     """
     rows, settings = read_comparisons(source, counts=counts), dict(preference)
     if settings.get("reward", "sign") not in get_args(RewardKind):
+        from offline_lmrl.decoding.scorers import drop_too_long, load_scorer  # most runs need no scorer
+
         settings["reward"] = load_scorer(settings["reward"])
         rows = drop_too_long(rows, settings["reward"], counts)
     return to_trajectories(rows, **settings, counts=counts)

@@ -4,16 +4,16 @@ import pytest
 from transformers import AutoConfig
 
 from offline_lmrl.cli.data import _source, config_path, shipped_configs
-from offline_lmrl.cli.parser import read_settings
 from offline_lmrl.cli.train import train_settings
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.resolve import resolve
 from offline_lmrl.decoding.sampler import DecodingConfig
+from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.settings import build
 from offline_lmrl.tasks import ENVIRONMENTS
 
 CONFIGS = shipped_configs()
-COMPARISONS = [name for name, path in CONFIGS.items() if "methods" in read_settings(path)]
+COMPARISONS = [name for name, path in CONFIGS.items() if "methods" in read_yaml(path, "settings")]
 
 
 def scratch_specs(settings):
@@ -25,7 +25,11 @@ def scratch_specs(settings):
 
 
 SCRATCH = {
-    f"{name} {i}": spec for name, path in CONFIGS.items() for i, spec in enumerate(scratch_specs(read_settings(path)))
+    f"{name} {i}": spec
+    for name, path in CONFIGS.items()
+    for i, spec in enumerate(scratch_specs(read_yaml(path, "settings")))
+    for name, path in CONFIGS.items()
+    for i, spec in enumerate(scratch_specs(read_yaml(path, "settings")))
 }
 
 
@@ -36,12 +40,12 @@ def test_there_are_configs_of_both_kinds():
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(COMPARISONS)))
 def test_training_config_builds(name):
     values = train_settings([name, "--args.use_cpu", "true"])
-    assert values.args.output_dir == read_settings(CONFIGS[name])["args"]["output_dir"]
+    assert values.args.output_dir == read_yaml(CONFIGS[name], "settings")["args"]["output_dir"]
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "prepare" in read_settings(CONFIGS[name])])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "prepare" in read_yaml(CONFIGS[name], "settings")])
 def test_what_a_config_prepares_is_what_it_reads(name):
-    settings = read_settings(CONFIGS[name])
+    settings = read_yaml(CONFIGS[name], "settings")
     made = dict(settings["prepare"])
     build(_source(made.pop("command")), made)
     assert settings["data"]["train"].startswith(made["output"])

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from offline_lmrl.cli import main
-from offline_lmrl.cli.parser import overrides_of
+from offline_lmrl.cli.parser import Command
 from offline_lmrl.comparison.report import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
@@ -82,7 +82,7 @@ def test_both_names_of_a_setting_are_refused_with_file_and_key():
     ],
 )
 def test_flags_are_renamed_with_their_values(given, expected, caplog):
-    found = overrides_of(given)
+    found = Command("x", {}).words(given)
     assert found == expected
     assert all(word.value == yaml.safe_load(word) for word in found.values() if word != ".9")
     old = {word.removeprefix("--").partition("=")[0] for word in given if word.startswith("--")}

@@ -30,7 +30,6 @@ from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.models.step_outputs import compute_step_outputs
 from offline_lmrl.ops.value_learning import awr_weight
 from offline_lmrl.settings import setting
@@ -129,9 +128,6 @@ class AWRTrainer(OfflineTrainer):
         # Each rank has zeros outside its share, so the sum over ranks is the whole.
         advantage = reduce(torch.from_numpy(values.target_q - values.v).to(args.device), "sum")
         return {"advantage": advantage.cpu().numpy()}
-
-    def prepare_model(self, model, windows):
-        return remove_heads(model)
 
     def losses(self, outputs, batch):
         loss, weight = awr_loss(outputs, batch["steps"], self.args)

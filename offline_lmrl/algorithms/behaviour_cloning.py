@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.settings import setting
 from offline_lmrl.training.config import OfflineConfig
 from offline_lmrl.training.trainer import Logs, OfflineTrainer
@@ -82,9 +81,6 @@ class BCTrainer(OfflineTrainer):
     def choose(self, logs: Logs) -> Logs:
         args = self.args
         return logs._replace(train=keep_best(logs.train, args.keep_share, args.keep_above, args.per_group))
-
-    def prepare_model(self, model, windows):
-        return remove_heads(model)  # value heads fit the trunk as it was before this training
 
     def losses(self, outputs, batch):
         loss = -outputs["log_prob"]

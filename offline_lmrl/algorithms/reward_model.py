@@ -59,6 +59,7 @@ from offline_lmrl.models.reward_model import (
     option_scores,
     reads_by_turn,
     rescale_head,
+    with_head_beside,
 )
 from offline_lmrl.ops.preferences import (
     all_pairs_loss,
@@ -71,9 +72,8 @@ from offline_lmrl.ops.preferences import (
 )
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
-from offline_lmrl.tokens.template_check import TEMPLATE_ROWS
 from offline_lmrl.training.config import BaseConfig, check_range
-from offline_lmrl.training.starting_model import check_model
+from offline_lmrl.training.starting_model import check_model, check_template
 from offline_lmrl.training.trainer import BaseTrainer
 
 NORMALISED_ON = 1000  # largest number of comparisons on which scores are normalised
@@ -263,12 +263,12 @@ class RewardModelTrainer(BaseTrainer):
         args = self.args
         check_model(model, self.renderer, args.max_length)
         check_scores(model, self.renderer)
+        if self.peft_config is not None:
+            self.peft_config = with_head_beside(self.peft_config, model)
         model.config.get_text_config().pad_token_id = self._pad_id()
         encoded, self.left_out = self._encode_training(train)
-        first = train[:TEMPLATE_ROWS]
-        self.compare_with_template(
-            row.turns if isinstance(row, Trajectory) else (*row.context, *row.options[0]) for row in first
-        )
+        first = (row.turns if isinstance(row, Trajectory) else (*row.context, *row.options[0]) for row in train)
+        check_template(self.renderer, first, self.counts)
         model.config.offline_lmrl = {
             "algorithm": self.algorithm,
             **rendering_block(self.renderer),

@@ -10,7 +10,7 @@ from typing import Any
 
 from offline_lmrl.cli.output import check_output, print_counts, print_report, progress_bar
 from offline_lmrl.cli.play import OpenedRun
-from offline_lmrl.decoding.planner import PlannerConfig
+from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.settings import REQUIRED, setting
@@ -191,7 +191,7 @@ def evaluate_logs(config: LogsConfig) -> None:
     logs = {"betas": config.betas, "kl_budget": config.kl_budget, "demonstrations": shown_first}
     print(visible(str(offline.evaluate_offline(policy, trajectories, **logs))))
 
-    from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
+    from offline_lmrl.evaluation.off_policy import FitConfig, fitted_q_evaluation, importance_sampling
 
     print("estimates of its score from these logs alone (they cannot replace play):")
     try:
@@ -200,7 +200,7 @@ def evaluate_logs(config: LogsConfig) -> None:
         print(visible(f"  weighted importance sampling: not computed, {error}"))
     if config.fqe != 0:
         with progress_bar("fitting", config.fqe) as progress:
-            found = fitted_q_evaluation(policy, trajectories, config.fqe, progress=progress)
+            found = fitted_q_evaluation(policy, trajectories, FitConfig(config.fqe), progress)
         print(f"  fitted Q evaluation: {found}")
 
 

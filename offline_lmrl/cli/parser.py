@@ -10,16 +10,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, is_dataclass
 from enum import Enum
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.logs.yaml_text import NoEnd, load_yaml, read_yaml
+from offline_lmrl.logs.yaml_text import NoEnd, load_yaml
 from offline_lmrl.renamed import current_keys
 from offline_lmrl.settings import (
     LISTS,
@@ -81,12 +80,10 @@ class Command:
         self.show_help(argv)
         known = {**self.parameters, **self.decoding}
         hints = {name: one.hint for name, one in all_settings(known)}
-        flags = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
-        loose, named = split_words(argv, flags)
-        named = named if self.name.startswith("prepare ") else current_keys(named)  # names of sources are their own
-        given = {**(settings or {}), **self._placed(loose)}
+        named = self.words(argv, {name for name, hint in hints.items() if bool in (hint, *get_args(hint))})
+        given = dict(settings or {})
         for key, word in named.items():
-            if isinstance(word.value, Mapping) and dataclass_in(hints.get(key)):
+            if dataclass_in(hints.get(key)) and isinstance(word.value, Mapping):
                 for name, value in word.value.items():  # over the settings that the file has there
                     set_dotted(given, f"{key}.{name}", value)
             else:
@@ -111,13 +108,22 @@ class Command:
             print(self.help("--help_all" in argv))
             sys.exit(0)
 
-    def _placed(self, loose: Sequence[Word]) -> dict[str, Any]:
-        """Return name -> words of the settings that are given without a name."""
-        placed, rest = {}, list(loose)
-        for name in self.positional[: len(rest)]:
-            placed[name], rest = (rest, []) if self._takes_all(name) else (rest[0], rest[1:])
-        _require_none(rest)
-        return placed
+    def words(self, argv: Sequence[str], flags: Collection[str] = ()) -> dict[str, Any]:
+        """Return dotted key -> word of a command line, under the current names of renamed settings.
+
+        Args:
+          argv: the command line after the command and its file.
+          flags: keys that need no value, which is then true.
+        Raises: InputError for a word without a key that is no positional setting, and as `split_words` does.
+        """
+        loose, named = split_words(argv, flags)
+        placed: dict[str, Any] = {}
+        for name in self.positional[: len(loose)]:
+            placed[name], loose = (loose, []) if self._takes_all(name) else (loose[0], loose[1:])
+        if loose:
+            raise InputError(f"found {shown(str(loose[0]))} among the settings, expected --key value pairs")
+        # The settings of a source of data have names of their own.
+        return placed | (named if self.name.startswith("prepare ") else current_keys(named))
 
     def _takes_all(self, name: str) -> bool:
         return get_origin(self.parameters[name].hint) in LISTS
@@ -189,7 +195,7 @@ def ready(name: str, function: Callable[..., Any], argv: Sequence[str], position
     parameters = dict(sorted(parameters.items(), key=lambda one: one[0] not in own))
     decoding: Parameters = {}
     if parameters.pop("decoding", None) is not None:
-        from offline_lmrl.decoding.sampler import DecodingConfig
+        from offline_lmrl.decoding.config import DecodingConfig
 
         decoding = parameters_of(DecodingConfig)
     about = re.split(r"\n(?:Args|Returns|Raises|Attributes):", inspect.getdoc(make) or "")[0]
@@ -223,21 +229,6 @@ def split_words(argv: Sequence[str], flags: Collection[str] = ()) -> tuple[list[
     return loose, named
 
 
-def overrides_of(argv: Sequence[str]) -> dict[str, Word]:
-    """Return dotted key -> value of a command line that has only pairs `--a.b value` and `--a.b=value`.
-
-    Raises: InputError for another word, a key without a value, or a value with too much YAML.
-    """
-    loose, named = split_words(argv)
-    _require_none(loose)
-    return current_keys(named)
-
-
-def _require_none(loose: Sequence[Word]) -> None:
-    if loose:
-        raise InputError(f"found {shown(str(loose[0]))} among the settings, expected --key value pairs")
-
-
 def _word(text: str) -> Word:
     try:
         return Word(text, load_yaml(text))
@@ -267,22 +258,3 @@ def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """Split a command line into FILE.yaml, which comes first (None if there is none), and the settings after it."""
     has_file = bool(argv) and not argv[0].startswith("-")
     return (argv[0], list(argv[1:])) if has_file else (None, list(argv))
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file; unlike in plain PyYAML, `1e-5` is a number.
-
-    Raises: InputError if the file cannot be read or does not hold a mapping.
-    """
-    return read_yaml(path, "settings")
-
-
-def only_in(base: type, cls: type) -> set[str]:
-    """Return the names of the fields of `base` that neither `cls` nor a class between them declares again.
-
-    A subclass declares a field again to change its default, for example.
-    """
-    between = cls.__mro__[: cls.__mro__.index(base)]
-    return {one.name for one in fields(base)} - {
-        name for parent in between for name in parent.__dict__.get("__annotations__", ())
-    }

@@ -3,14 +3,16 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 from offline_lmrl.cli.data import config_path, prepare_from_settings
-from offline_lmrl.cli.parser import Command, asks_help, only_in, overrides_of, read_settings, split_file
+from offline_lmrl.cli.parser import Command, asks_help, split_file
 from offline_lmrl.errors import InputError, Stopped, shown
 from offline_lmrl.logs.terminal import visible
+from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.renamed import current
 from offline_lmrl.settings import Parameter, parameters_of
 
@@ -82,7 +84,7 @@ def train_settings(argv: Sequence[str]) -> SimpleNamespace:
     Raises: InputError if the algorithm is missing, or a setting cannot be used.
     """
     file, rest = split_file(argv)
-    settings = {} if file is None else current(read_settings(config_path(file)), file)
+    settings = {} if file is None else current(read_yaml(config_path(file), "settings"), file)
     algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help(rest) else None)
     if algorithm is None:
         raise InputError("algorithm: missing, expected it in FILE.yaml or as --algorithm NAME")
@@ -112,7 +114,10 @@ def train_settings(argv: Sequence[str]) -> SimpleNamespace:
         "data": Parameter(DataConfig),
         "args": Parameter(config_class),
     }
-    inherited = {f"args.{name}" for name in only_in(TrainingArguments, config_class)}
+    # A field that one of our classes declares again, for example to change its default, is ours.
+    ours = config_class.__mro__[: config_class.__mro__.index(TrainingArguments)]
+    own = {name for cls in ours for name in vars(cls).get("__annotations__", ())}
+    inherited = {f"args.{one.name}" for one in fields(TrainingArguments)} - {f"args.{name}" for name in own}
     command = Command("train", parameters, TRAIN_HELP, inherited=inherited, takes_file=True)
     defaults = {name: parameters[name].default for name in ("dry_run", "algorithm", "prepare", "environment")}
     return SimpleNamespace(**defaults | command.read(rest, settings, file))
@@ -162,7 +167,7 @@ def compare(argv: Sequence[str]) -> None:
     command.show_help(rest)
     if file is None:
         raise InputError(f"FILE.yaml: missing, expected `{command.usage}`")
-    config = CompareConfig.read(config_path(file), overrides_of(rest))
+    config = CompareConfig.read(config_path(file), command.words(rest))
 
     from offline_lmrl.comparison.compare import run_compare
 

@@ -15,8 +15,7 @@ from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import ELSEWHERE, LEARNT_WITH, CollectConfig, MethodConfig
 from offline_lmrl.comparison.runs import FOREIGN, Entry, Run
-from offline_lmrl.decoding.planner import PlannerConfig
-from offline_lmrl.decoding.sampler import DecodingConfig
+from offline_lmrl.decoding.config import DecodingConfig, PlannerConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.files import reading
 from offline_lmrl.renamed import current

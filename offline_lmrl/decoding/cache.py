@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from offline_lmrl.errors import InputError
+from offline_lmrl.models.adapters import without_adapter
 
 Layer = tuple[Tensor, Tensor]  # keys and values, each (B, heads, L, width)
 
@@ -57,7 +58,7 @@ def cache_argument(model: PreTrainedModel) -> str:
       model: a causal LM, or a PeftModel around one.
     Raises: InputError if the model takes no cache.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     known = inspect.signature(base.forward).parameters
     for name in ("past_key_values", "cache_params"):
         if name in known:

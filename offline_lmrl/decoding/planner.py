@@ -25,46 +25,15 @@ from typing import Any
 import numpy as np
 
 from offline_lmrl.decoding.cache import CacheMemory
-from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_value_model, require_no_few_shot
+from offline_lmrl.decoding.config import PlannerConfig
+from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
 from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError
 from offline_lmrl.logs.preferences import Scored, score_rows
 from offline_lmrl.logs.protocols import Reply, Scorer
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Turn, as_context
-from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.settings import setting
-
-
-@dataclass(frozen=True)
-class PlannerConfig:
-    """The settings of the beam search that plans replies."""
-
-    width: int = setting(16, "Beams kept after each utterance, at least 1.")
-    expand: int = setting(4, "Replies that each beam proposes, at least 1.")
-    depth: int = setting(1, "Agent utterances to look ahead, at least 1.")
-    scorer: str = setting(
-        "heads",
-        "Rates a beam's last utterance: heads (the model's own return heads), or a run with value heads; in a "
-        "comparison, the name of a method, whose run of the same seed is taken.",
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("width", "expand", "depth"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}: found {shown(value)}, expected a whole number from 1")
-
-    def planner(self, policy: LanguagePolicy) -> "Planner":
-        """Return a planner with these settings that draws its proposals from `policy`.
-
-        Raises: InputError if `scorer` is a run without value heads, or one that was trained with few-shot
-          demonstrations, or as `Planner` does.
-        """
-        scorer = None
-        if self.scorer != "heads":
-            scorer = ValueModelScorer(require_no_few_shot(load_value_model(self.scorer, device=policy.model.device)))
-        return Planner(policy, scorer, width=self.width, expand=self.expand, depth=self.depth)
+from offline_lmrl.models.adapters import part_of, run_metadata
 
 
 class Planner:
@@ -95,8 +64,9 @@ class Planner:
             raise InputError(f"temperature: found 0, expected above 0: all {expand} greedy proposals would be equal")
         self.policy, self.scorer, self.decoding = policy, scorer, policy.decoding
         self.width, self.expand, self.depth = width, expand, depth
-        self.heads = getattr(policy.model, "return_heads", None) if scorer is None or depth > 1 else None
-        if self.heads is None and (scorer is None or depth > 1):
+        needs_heads = scorer is None or depth > 1
+        self.heads = part_of(policy.model, "return_heads") if needs_heads else None
+        if needs_heads and self.heads is None:
             raise InputError(
                 "planner: found a model without return heads, expected one trained with return_weight "
                 "above 0; without them, a plan needs a scorer and depth 1"
@@ -363,7 +333,7 @@ class ValueModelScorer:
     """
 
     def __init__(self, value_model: LanguagePolicy):
-        if getattr(value_model.model, "value_heads", None) is None:
+        if part_of(value_model.model, "value_heads") is None:
             raise InputError("scorer: found a model without value heads, expected one that has them (an ILQL run)")
         self.value_model = value_model
         self.unit = RewardScale(**run_metadata(value_model.model.config).get("reward_scale", {})).scale

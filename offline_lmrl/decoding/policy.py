@@ -4,9 +4,11 @@ A window is the part of a dialogue that fits into the limits of training, as tok
 the folder of a trained model. Under the null condition, a return-conditioned model gets no requested return.
 """
 
+import copy
 import logging
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,8 @@ from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import return_tokens_of, run_metadata
+from offline_lmrl.models.adapters import most_positions, part_of, run_metadata
+from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.models.loading import find_device, load_model
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.tokens.conditioning import Ids
@@ -52,6 +55,23 @@ class FewShotIds(NamedTuple):
 NO_FEW_SHOT = FewShotIds((), ())
 
 
+# Requests that need a part of the model: their start, the part, its name in words, and what else may be requested.
+NEEDED_PARTS = (
+    (
+        "auto$",
+        "value_heads",
+        "value heads",
+        "a number, max, p90, or auto:RUN with a run of algorithm: ilql",
+    ),
+    (
+        "expert",
+        "return_heads",
+        "return heads",
+        "a number, max, or p90, or a model that was trained with return_weight above 0",
+    ),
+)
+
+
 class LanguagePolicy:
     """A causal LM with its renderer, window and decoding; implements Policy.
 
@@ -59,17 +79,15 @@ class LanguagePolicy:
       model: the causal LM.
       renderer: turns a dialogue into token ids.
       decoding: how replies are decoded; None = the defaults of DecodingConfig.
-      context: most turns of history in a window (tokens/windows.py), as in training; None = limited by max_length
-        alone.
-      stride: number of turns by which the start of the window moves at a time, as in training.
-      max_length: most tokens of window and reply together; max_new_tokens of them stay free for the reply. None =
-        max_position_embeddings of the model's config, or 1024 if it has none.
       task: name of the played task, for a model that was trained with returns per task.
       few_shot: few-shot demonstrations (tokens/few_shot.py), which come before the window of every row, in the given
         order; None = none. Each is cut to the part that the training settings name, or kept whole if the model was
         trained without demonstrations.
-      value_models: RUN -> its policy, for the requests "auto:RUN" (the best Q of that run); runs loaded later are
-        added to it. None = a new dictionary.
+      window: fields of WindowRule (tokens/windows.py), as in training. `max_length` holds window and reply together,
+        and max_new_tokens of it stay free for the reply; None = the most positions of the model, or 1024 if its config
+        names none.
+    Attributes:
+      value_models: RUN -> its policy, for the requests "auto:RUN" (the best Q of that run), once it is loaded.
 
     Raises: InputError if the settings need something that the model lacks.
     """
@@ -80,23 +98,22 @@ class LanguagePolicy:
         renderer: Renderer,
         decoding: DecodingConfig | None = None,
         *,
-        context: int | None = None,
-        stride: int = 1,
-        max_length: int | None = None,
         task: str = "",
         few_shot: Sequence[Trajectory] | None = None,
-        value_models: "dict[str, LanguagePolicy] | None" = None,
+        **window: Any,
     ):
-        self.model, self.renderer = model, renderer
-        self.decoding = decoding or DecodingConfig()
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-        self.window = WindowRule(context, stride, max_length or positions)
-        self.sampler = Sampler(model, renderer, self.decoding)
-        self.return_tokens, self.task = return_tokens_of(model, renderer), task
-        self.value_models = {} if value_models is None else value_models
-        self.return_requests([self.decoding.ask])  # raises now if the model cannot be given this request
+        self.model, self.renderer, self.task, self.few_shot = model, renderer, task, few_shot
+        window["max_length"] = window.get("max_length") or most_positions(model.config) or 1024
+        self.window = WindowRule(**window)
+        self.return_tokens = return_tokens_of(model, renderer)
         self.spec = FewShotConfig(**(run_metadata(model.config).get("few_shot") or {}))
-        self.few_shot, self.shared_few_shot = few_shot, self.few_shot_ids_of(few_shot)
+        self.value_models: dict[str, LanguagePolicy] = {}
+        self._set_decoding(decoding or DecodingConfig())
+
+    def _set_decoding(self, decoding: DecodingConfig) -> None:
+        self.decoding, self.sampler = decoding, Sampler(self.model, self.renderer, decoding)
+        self.return_requests([decoding.ask])  # raises now if the model cannot be given this request
+        self.shared_few_shot = self.few_shot_ids_of(self.few_shot)
 
     @classmethod
     def load(
@@ -133,9 +150,9 @@ class LanguagePolicy:
 
         Raises: InputError if a value is outside its range, or needs something that the model lacks.
         """
-        decoding = replace(self.decoding, **changes)
-        same = {**asdict(self.window), "task": self.task, "few_shot": self.few_shot, "value_models": self.value_models}
-        return LanguagePolicy(self.model, self.renderer, decoding, **same)
+        other = copy.copy(self)
+        other._set_decoding(replace(self.decoding, **changes))
+        return other
 
     def start(
         self,
@@ -221,6 +238,41 @@ class LanguagePolicy:
             return None
         return [self.return_tokens.null] * (coming + sum(turn.is_trainable for turn in turns))
 
+    def return_requests(self, asks: Sequence[float | str | None]) -> ReturnRequests | None:
+        """Return the object that tracks the requested return of each row; None for a model without returns.
+
+        Args:
+          asks: the requested return of each row.
+        Raises: InputError if a model without returns gets a request, if a request is unknown, or if it needs heads
+          that the model lacks.
+        """
+        for start, part, what, other in NEEDED_PARTS:
+            ask = next((ask for ask in asks if isinstance(ask, str) and re.match(start, ask)), None)
+            if ask is not None and part_of(self.model, part) is None:
+                raise InputError(f"ask: found {shown(ask)}, but this model has no {what}; expected {other}")
+        if self.return_tokens is not None:
+            for run in sorted(run for ask in asks if (run := run_named_in_ask(ask))):
+                RequestValues(self).value_model(run)
+            return ReturnRequests(self.return_tokens, self.task, asks)
+        ask = next((ask for ask in asks if ask is not None), None)
+        if ask is not None:
+            raise InputError(
+                f"ask: found {shown(ask)}, expected null, as this model was not trained with returns "
+                "(algorithm: return_conditioned)"
+            )
+        return None
+
+
+class RequestValues:
+    """The requested returns that are computed from the dialogue: "auto", "auto:RUN" and "expert:κ".
+
+    Args:
+      policy: the policy whose replies are conditioned on them.
+    """
+
+    def __init__(self, policy: LanguagePolicy):
+        self.policy = policy
+
     def value_model(self, run: str) -> "LanguagePolicy":
         """Load the policy of a run with value heads on this model's device; a second call returns the same object.
 
@@ -230,70 +282,72 @@ class LanguagePolicy:
           run: a run directory or hub name.
         Raises: InputError if the run has no value heads or was trained with few-shot demonstrations.
         """
-        if run not in self.value_models:
-            value_model = self.value_models[run] = require_no_few_shot(load_value_model(run, device=self.model.device))
+        known = self.policy.value_models
+        if run not in known:
+            value_model = known[run] = require_no_few_shot(load_value_model(run, device=self.policy.model.device))
             found = StepRule(**run_metadata(value_model.model.config).get("step_rule", {})).discount_per_turn
-            if found != self.return_tokens.discount_per_turn:
+            expected = self.policy.return_tokens.discount_per_turn
+            if found != expected:
                 logging.getLogger(__name__).warning(
                     f"ask: found discount_per_turn {found:g} in the run {run}, expected the model's "
-                    f"{self.return_tokens.discount_per_turn:g}: Q of that run is discounted otherwise than "
+                    f"{expected:g}: Q of that run is discounted otherwise than "
                     "the model's returns"
                 )
-        return self.value_models[run]
+        return known[run]
 
     def head_of(self, ask: str) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function that computes the requested return `ask`: "auto", "auto:RUN" or "expert:κ".
+        """Return the function that computes the requested return `ask`.
 
         The function maps hidden states (N, d) and logits (N, V) before an agent turn to returns (N,), in scaled reward
-        units.
-        """
-        if ask.startswith("auto"):
-            return self._best_q
-        inverse_temperature = float(ask.partition(":")[2])
-        return lambda hidden, _: self.model.return_heads.expert(hidden, inverse_temperature)
-
-    def _best_q(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """Return max_a min over heads of Q(s, a), (N,) in scaled reward units, with a the first token of the turn.
-
+        units. For "auto" and "auto:RUN" they are max_a min over heads of Q(s, a), with a the first token of the turn.
         Tokens to which π gives too little probability (ASK_SUPPORT) are left out, because Q is not trained on them.
+        """
+        if run := run_named_in_ask(ask):
+            return RequestValues(self.value_model(run)).head_of("auto")
+        model = self.policy.model
+        if ask.startswith("expert"):
+            inverse_temperature = float(ask.partition(":")[2])
+            return lambda hidden, _: model.return_heads.expert(hidden, inverse_temperature)
+
+        def best_q(hidden: Tensor, logits: Tensor) -> Tensor:
+            q = reduce_q(model.q_values(hidden), "min")
+            return q.masked_fill(support_filter(logits, ASK_SUPPORT) == -torch.inf, -torch.inf).amax(-1)
+
+        return best_q
+
+    def compute(
+        self,
+        ask: str,
+        reading: Sequence[tuple[int, Sequence[Turn]]],
+        few_shot: Sequence[Ids],
+        memory: CacheMemory | None,
+    ) -> dict[int, float]:
+        """Compute a requested return before the next agent turn, under the null condition.
 
         Args:
-          hidden: hidden states (N, d) before the turn.
-          logits: (N, V) of the turn's first token.
+          ask: the request.
+          reading: the rows of a session that have this request, each with its history.
+          few_shot: the ids of their few-shot demonstrations, without returns.
+          memory: the caches of the session; None = no reuse.
+        Returns: row -> the return in reward units.
         """
-        q = reduce_q(self.model.q_values(hidden), "min")
-        return q.masked_fill(support_filter(logits, ASK_SUPPORT) == -torch.inf, -torch.inf).amax(-1)
-
-    def return_requests(self, asks: Sequence[float | str | None]) -> ReturnRequests | None:
-        """Return the object that tracks the requested return of each row; None for a model without returns.
-
-        Args:
-          asks: the requested return of each row.
-        Raises: InputError if a model without returns gets a request, if a request is unknown, or if it needs heads
-          that the model lacks.
-        """
-        if "auto" in asks and getattr(self.model, "value_heads", None) is None:
-            raise InputError(
-                "ask: found 'auto', but this model has no value heads; expected a number, max, p90, or auto:RUN "
-                "with a run of algorithm: ilql"
-            )
-        expert = next((ask for ask in asks if isinstance(ask, str) and ask.startswith("expert")), None)
-        if expert is not None and getattr(self.model, "return_heads", None) is None:
-            raise InputError(
-                f"ask: found {shown(expert)}, but this model has no return heads; expected a number, max, or p90, "
-                "or a model that was trained with return_weight above 0"
-            )
-        if self.return_tokens is not None:
-            for run in sorted(run for ask in asks if (run := run_named_in_ask(ask))):
-                self.value_model(run)
-            return ReturnRequests(self.return_tokens, self.task, asks)
-        if any(ask is not None for ask in asks):
-            ask = next(ask for ask in asks if ask is not None)
-            raise InputError(
-                f"ask: found {shown(ask)}, expected null, as this model was not trained with returns "
-                "(algorithm: return_conditioned)"
-            )
-        return None
+        reader, reserve = self.policy, self.policy.decoding.max_new_tokens
+        histories = [history for _, history in reading]
+        if run := run_named_in_ask(ask):
+            reader = self.value_model(run)
+            few_shot = [reader.shared_few_shot.without_returns] * len(histories)
+            if reader.renderer.fingerprint != self.policy.renderer.fingerprint:
+                # Ids sampled with another tokenizer mean something else to this one.
+                histories = [[replace(turn, token_ids=None) for turn in history] for history in histories]
+        windows = [
+            reader.null_window(history, reserve, shown) for history, shown in zip(histories, few_shot, strict=True)
+        ]
+        memory = memory if ask.startswith("expert") else None  # "auto" is computed once per row
+        keys = [~row for row, _ in reading]  # under these keys the sampler keeps caches under the null condition
+        values = reader.sampler.apply_head(self.head_of(ask), windows, memory, keys)
+        scale = RewardScale(**run_metadata(reader.model.config).get("reward_scale", {}))
+        scored = [sum(turn.is_trainable and turn.reward is not None for turn in history) for history in histories]
+        return {row: scale.invert_return(*each) for (row, _), *each in zip(reading, values, scored, strict=True)}
 
 
 def load_value_model(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
@@ -305,7 +359,7 @@ def load_value_model(run: str | Path, *, device: str | torch.device | None = Non
     Raises: InputError if the run has no value heads.
     """
     value_model = LanguagePolicy.load(run, device=device, ask=None)
-    if getattr(value_model.model, "value_heads", None) is None:
+    if part_of(value_model.model, "value_heads") is None:
         raise InputError(
             f"value_model: {run}: found a model without value heads, expected one that has them (an ILQL run)"
         )
@@ -354,7 +408,8 @@ class LanguageSession:
         self.few_shot_without_returns = [ids.without_returns for ids in few_shot]
         self.fingerprint = policy.renderer.fingerprint
         self.drawn = [0] * len(self.seeds)  # tokens drawn per row, so that no random number of its seed is used twice
-        self.memory = _memory(policy)
+        # Windows of one turn of history never grow, so that nothing of a cache could be reused.
+        self.memory = None if policy.window.context == 1 else CacheMemory(CACHE_BYTES)
 
     def reply(
         self,
@@ -402,32 +457,11 @@ class LanguageSession:
         for row, history in zip(rows, histories, strict=True):
             if self.requests.is_read(row, history):
                 reading.setdefault(self.requests.asks[row], []).append((row, history))
-        found: dict[int, float] = {}
-        for kind in sorted(reading):
-            found |= self._values_of(kind, reading[kind])
+        values, found = RequestValues(self.policy), {}
+        for ask in sorted(reading):
+            few_shot = [self.few_shot_without_returns[row] for row, _ in reading[ask]]
+            found |= values.compute(ask, reading[ask], few_shot, self.memory)
         return [found.get(row) for row in rows]
-
-    def _values_of(self, kind: str, reading: Sequence[tuple[int, Sequence[Turn]]]) -> dict[int, float]:
-        past = [[turn for turn in history if turn.is_trainable] for _, history in reading]
-        reserve = self.policy.decoding.max_new_tokens
-        if run := run_named_in_ask(kind):
-            reader = self.policy.value_model(run)
-            other = reader.renderer.fingerprint != self.fingerprint  # another tokenizer: sampled ids are invalid there
-            as_text = [[replace(t, token_ids=None) for t in history] if other else history for _, history in reading]
-            windows = [reader.null_window(history, reserve) for history in as_text]
-        else:
-            reader = self.policy
-            windows = [
-                reader.null_window(history, reserve, self.few_shot_without_returns[row]) for row, history in reading
-            ]
-        memory = self.memory if kind.startswith("expert") else None  # "auto" is computed once per row
-        keys = [~row for row, _ in reading]  # under these keys the sampler keeps caches under the null condition
-        values = reader.sampler.apply_head(reader.head_of(kind), windows, memory, keys)
-        scale = RewardScale(**run_metadata(reader.model.config).get("reward_scale", {}))
-        return {
-            row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))
-            for (row, _), agent, value in zip(reading, past, values, strict=True)
-        }
 
     def labels(self, row: int) -> dict[str, Any]:
         """Return labels of a row: `ask`, `bin` and `clipped`, as of its first reply; {} without a requested return.
@@ -442,11 +476,6 @@ class LanguageSession:
 def run_named_in_ask(ask: float | str | None) -> str | None:
     """Return RUN if the requested return is "auto:RUN" (the best Q of that run), else None."""
     return ask.removeprefix("auto:") if isinstance(ask, str) and ask.startswith("auto:") else None
-
-
-def _memory(policy: LanguagePolicy) -> CacheMemory | None:
-    """Return a new store for a session's caches; None if windows hold one turn of history, and so never grow."""
-    return None if policy.window.context == 1 else CacheMemory(CACHE_BYTES)
 
 
 def generate_texts(

@@ -15,7 +15,7 @@ import torch
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.preferences import score_rows
-from offline_lmrl.logs.protocols import Policy, Reply, Scorer, Session
+from offline_lmrl.logs.protocols import Policy, Reply, Scorer, Session, optional
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.ops.preferences import abstention_threshold
 
@@ -91,7 +91,7 @@ class BestOfNSession:
 
     def __init__(self, reranked: BestOfN, session: Session):
         self.reranked, self.session = reranked, session
-        self.fingerprint = getattr(session, "fingerprint", None)
+        self.fingerprint = optional(session, "fingerprint")
         self.scores: dict[int, list[float]] = {}  # per row, the best candidate's score at each turn
         self.abstained: dict[int, int] = {}
 
@@ -153,7 +153,7 @@ class BestOfNSession:
 
         `scores` holds the best score of each turn, and `abstained` is the number of turns with the abstention.
         """
-        own = self.session.labels(row * self.reranked.n) if hasattr(self.session, "labels") else {}
+        own = optional(self.session, "labels")(row * self.reranked.n)
         return {**own, "scores": self.scores.get(row, []), "abstained": self.abstained.get(row, 0)}
 
 

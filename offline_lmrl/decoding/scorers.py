@@ -29,11 +29,11 @@ from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model, requi
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
-from offline_lmrl.logs.protocols import Scorer, import_object
+from offline_lmrl.logs.protocols import Scorer, import_object, optional
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, shown
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
-from offline_lmrl.models.adapters import run_metadata
+from offline_lmrl.models.adapters import most_positions, run_metadata
 from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.renderers import renderer_of
@@ -50,7 +50,17 @@ from offline_lmrl.tokens.windows import WindowRule
 TOO_LONG = "dropped: a reply longer than the scorer's window"
 
 
-class RowScorer:
+class ManyScorer:
+    """The base class of scorers that score many options at once; a subclass defines `score_each`."""
+
+    shift = 0.0  # the constant in every score that no turn of a reply earned
+    score_each: Callable[[Sequence[Scored]], list[np.ndarray]]
+
+    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
+        return self.score_each([(context, options)])[0]
+
+
+class RowScorer(ManyScorer):
     """The base class of scorers that run a model over rows of tokens; a subclass defines `score_rows`.
 
     The score of an option is the sum over its rows, plus `bias`. An option has one row, context + option; with
@@ -70,9 +80,6 @@ class RowScorer:
 
     def __init__(self, model: PreTrainedModel, renderer: Renderer, window: WindowRule, by_turn: bool = False):
         self.model, self.renderer, self.window, self.by_turn = model.eval(), renderer, window, by_turn
-
-    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
-        return self.score_each([(context, options)])[0]
 
     @torch.inference_mode()
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
@@ -153,8 +160,8 @@ class RewardModel(RowScorer):
         device = find_device(device)
         model = load_reward_model(path).to(device)
         saved, renderer = run_metadata(model.config), renderer_of(load_tokenizer(path), model, path)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-        return cls(model, renderer, WindowRule(**saved.get("window", {"max_length": positions})))
+        window = saved.get("window", {"max_length": most_positions(model.config) or 1024})
+        return cls(model, renderer, WindowRule(**window))
 
     def score_rows(self, rows):
         head, found = run_metadata(self.model.config)["reward"]["head"], np.zeros(len(rows))
@@ -260,7 +267,7 @@ class FunctionScorer:
     def _number(self, context: Sequence[Turn], option: Sequence[Turn]) -> float:
         try:
             found = self.function(context, option)
-            found = found.item() if hasattr(found, "item") else found  # a scalar of numpy or torch
+            found = found.item() if isinstance(found, np.generic | np.ndarray | Tensor) else found
         except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(
@@ -285,7 +292,7 @@ def regex_rule(pattern: str, must: bool = False) -> FunctionScorer:
     return FunctionScorer(lambda context, option: must == any(found(t.content) for t in option if t.is_trainable))
 
 
-class RuleScorer:
+class RuleScorer(ManyScorer):
     """A scorer that gives the probability that an option keeps a rule, by a reward model.
 
     The reward model gets the rule as a system turn before all other turns. Therefore one model serves every rule,
@@ -301,9 +308,6 @@ class RuleScorer:
     def __init__(self, scorer: Scorer, text: str):
         self.scorer, self.text = scorer, text
 
-    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
-        return self.score_each([(context, options)])[0]
-
     def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
         return fits(self.scorer, (Turn("system", self.text), *context), options)
 
@@ -313,12 +317,31 @@ class RuleScorer:
         return [np.exp(-np.logaddexp(0, -values)) for values in scores]
 
 
-def shift_of(scorer: Scorer) -> float:
-    """Return the constant in every score that no turn of a reply earned: the scorer's `shift`, or 0 if it has none."""
-    return getattr(scorer, "shift", 0.0)
+class Combined(ManyScorer):
+    """A scorer that combines the scores of several scorers.
+
+    Args:
+      scorers: S scorers.
+      how: maps the scores of K options, (S, K), to the combined scores (K,).
+      shift: the constant in every combined score that no turn earned. If each turn is rewarded, `relabel_trajectories`
+        gives every turn an equal part of it.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], how: Callable[[np.ndarray], np.ndarray], shift: float = 0.0):
+        self.scorers, self.how, self.shift = scorers, how, shift
+
+    def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
+        return all(fits(one, context, options) for one in self.scorers)
+
+    def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
+        return [self.how(scores) for scores in self.members(rows)]
+
+    def members(self, rows: Sequence[Scored]) -> list[np.ndarray]:
+        """Return, per pair of context and K options in `rows`, the scores of every scorer, (S, K)."""
+        return [np.stack(found) for found in zip(*(score_rows(rows, one) for one in self.scorers), strict=True)]
 
 
-class Ensemble:
+class Ensemble(Combined):
     """A scorer by mean − k · standard deviation over the scores of several scorers (Christiano et al. 2017).
 
     The scorers must have the same unit: normalise each of them (setting `normalise` of a reward model).
@@ -332,58 +355,8 @@ class Ensemble:
     def __init__(self, scorers: Sequence[Scorer], k: float = 0.0):
         if len(scorers) < 2:
             raise InputError(f"scorers: found {len(scorers)}, expected at least 2 for an ensemble")
-        self.scorers, self.k = scorers, k
-
-    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
-        return self.score_each([(context, options)])[0]
-
-    def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
-        return all(fits(one, context, options) for one in self.scorers)
-
-    @property
-    def shift(self) -> float:
-        return float(np.mean([shift_of(one) for one in self.scorers]))
-
-    def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        return [member.mean(0) - self.k * member.std(0) for member in self.members(rows)]
-
-    def members(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        """Return, per pair of context and K options in `rows`, the scores of every member, (members, K)."""
-        return [np.stack(found) for found in zip(*(score_rows(rows, one) for one in self.scorers), strict=True)]
-
-
-class Combined:
-    """A scorer that combines a preference score with R other scores.
-
-    Args:
-      preference: the main scorer.
-      others: R scorers.
-      how: maps the scores of K options, preference (K,) and others (K, R), to the combined scores (K,).
-      shift: the constant in every combined score that no turn earned (`shift_of`). If each turn is rewarded,
-        `relabel_trajectories` gives every turn an equal part of it.
-    """
-
-    def __init__(
-        self,
-        preference: Scorer,
-        others: Sequence[Scorer],
-        how: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        shift: float = 0.0,
-    ):
-        self.preference, self.others, self.how, self.shift = preference, others, how, shift
-
-    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
-        return self.score_each([(context, options)])[0]
-
-    def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
-        return all(fits(one, context, options) for one in (self.preference, *self.others))
-
-    def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        others = zip(*(score_rows(rows, one) for one in self.others), strict=True)
-        return [
-            self.how(preference, np.stack(rest, axis=1))
-            for preference, rest in zip(score_rows(rows, self.preference), others, strict=True)
-        ]
+        shift = float(np.mean([optional(one, "shift") for one in scorers]))
+        super().__init__(scorers, lambda scores: scores.mean(0) - k * scores.std(0), shift)
 
 
 def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = None) -> Combined:
@@ -400,8 +373,8 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = No
             f"weights: found {len(weights)} for {len(scorers)} scorers, expected one per scorer and at least 2 scorers"
         )
     first, *rest = weights
-    shift = sum(weight * shift_of(one) for weight, one in zip(weights, scorers, strict=True))
-    return Combined(scorers[0], scorers[1:], lambda score, others: first * score + others @ np.array(rest), shift)
+    shift = sum(weight * optional(one, "shift") for weight, one in zip(weights, scorers, strict=True))
+    return Combined(scorers, lambda scores: first * scores[0] + scores[1:].T @ np.array(rest), shift)
 
 
 def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: float = 0.5) -> Combined:
@@ -415,8 +388,11 @@ def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: f
     Raises: InputError if there are no rules.
     """
     _require_rules(rules)
-    shift = shift_of(preference)
-    return Combined(preference, rules, lambda score, kept: np.where((kept >= threshold).all(1), score, floor), shift)
+
+    def how(scores: np.ndarray) -> np.ndarray:
+        return np.where((scores[1:] >= threshold).all(0), scores[0], floor)
+
+    return Combined([preference, *rules], how, optional(preference, "shift"))
 
 
 def sparrow(preference: Scorer, rules: Sequence[Scorer], average: float = 0.0) -> Combined:
@@ -432,12 +408,13 @@ def sparrow(preference: Scorer, rules: Sequence[Scorer], average: float = 0.0) -
     """
     _require_rules(rules)
 
-    def how(score: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    def how(scores: np.ndarray) -> np.ndarray:
+        score, kept = scores[0], scores[1:].T
         if (kept < 0).any() or (kept > 1).any():
             raise InputError(f"rules: found scores from {kept.min():g} to {kept.max():g}, expected probabilities")
         return rule_adjusted_score(torch.from_numpy(score), average, torch.from_numpy(kept)).numpy()
 
-    return Combined(preference, rules, how)
+    return Combined([preference, *rules], how)
 
 
 def _require_rules(rules: Sequence[Scorer]) -> None:
@@ -523,8 +500,7 @@ def _read_yaml(text: str) -> Mapping[str, Any]:
 
 def fits(scorer: Scorer, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
     """True if the options fit into the scorer's window, or if it has none."""
-    own = getattr(scorer, "fits", None)
-    return own is None or own(context, options)
+    return optional(scorer, "fits")(context, options)
 
 
 def drop_too_long(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[str]) -> list[Comparison]:
@@ -607,7 +583,7 @@ def relabel_trajectories(
     # shift of normalisation belongs to no turn. Divided equally, it changes each turn's reward little, and the sum
     # does not depend on the number of turns. (Added to the first turn alone, it would hide what that turn earns. Added
     # once per turn, as a reward model adds it to whatever it scores, a negative shift would reward short dialogues.)
-    shift = shift_of(scorer)
+    shift = optional(scorer, "shift")
     rewards = [(np.diff(scores, prepend=shift) + shift / len(scores)).tolist() for scores in score_rows(rows, scorer)]
     origin = origin_of(scorer)
     return [

@@ -27,7 +27,8 @@ OPTIONAL: dict[str, Any] = {
     "counts": {},
     "origin": None,
     "score_each": None,
-    "logs": None,
+    "fits": lambda context, options: True,
+    "shift": 0.0,
 }
 
 
@@ -96,7 +97,9 @@ def is_vector(environment: Any) -> bool:
 class Scorer(Protocol):
     """A reward model, rule or Q head that rates alternative replies (options) to one context.
 
-    Two members are optional:
+    Four members are optional:
+    - `fits(context, options) -> bool`: False if the options are too long for the scorer.
+    - `shift`: the constant in every score that no turn of a reply earned.
     - `score_each(rows)`: score many (context, options) at once, with one result of `score` per row. `score_rows`
       (logs/preferences.py) uses it if present.
     - `origin`: the name or specification that the scorer was loaded from, as values that JSON can hold. It is stored

@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.ops.chunked import chunked_logsumexp
+from offline_lmrl.ops.value_learning import chunked_logsumexp
 
 TIE_BREAK = 2e-4  # standard deviation of a fresh head's Q around initial_value, for h of unit variance
 

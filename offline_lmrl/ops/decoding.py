@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from offline_lmrl.ops.precision import at_least_float32
+from offline_lmrl.ops.inputs import at_least_float32
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offline_lmrl.ops.precision import at_least_float32
-from offline_lmrl.ops.shapes import check_shapes
+from offline_lmrl.ops.inputs import at_least_float32, check_shapes
 
 
 def kl_k1(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offline_lmrl.ops.precision import at_least_float32
-from offline_lmrl.ops.shapes import check_shapes
+from offline_lmrl.ops.inputs import at_least_float32, check_shapes
 
 
 class Pairs(NamedTuple):

@@ -8,7 +8,7 @@ recursion over turns instead of tokens.
 import torch
 from torch import Tensor
 
-from offline_lmrl.ops.shapes import check_shapes
+from offline_lmrl.ops.inputs import check_shapes
 
 
 def return_to_go(reward: Tensor, discount: Tensor, end_value: Tensor | None = None) -> Tensor:

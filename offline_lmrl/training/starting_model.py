@@ -1,19 +1,33 @@
-"""The model that training starts from: the tokenizer beside it, whether it fits the data, and an adapter on it."""
+"""What training starts from: a tokenizer, a model that can read the data as they are rendered, and an adapter."""
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline_lmrl.decoding.probe import probing
+from offline_lmrl.decoding.probe import check_plays, check_trains, probing
 from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import has_adapter, require_peft, run_metadata, unfreeze_heads
 from offline_lmrl.models.renderers import scheme_of
-from offline_lmrl.models.reward_model import Reward, with_head_beside
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
+from offline_lmrl.tokens.template_check import MISMATCH, TEMPLATE_ROWS
 from offline_lmrl.tokens.tokenizers import load_tokenizer
+
+
+def check_policy(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:
+    """Check that a guided model can be trained and played on rows of `max_length` tokens that `renderer` makes.
+
+    Raises: InputError if it cannot (`check_model`), or if its outputs for a row depend on other rows or on a cache.
+    """
+    check_model(model, renderer, max_length)
+    check_trains(model, renderer)
+    check_plays(model, renderer)
 
 
 def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:
@@ -37,6 +51,26 @@ def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> 
         raise InputError(f"tokenizer: found {tokens} tokens, expected at most the model's {rows} embeddings")
 
 
+def check_template(renderer: Renderer, dialogues: Iterable[Sequence[Turn]], counts: Counter[str]) -> None:
+    """Check that the first dialogues are rendered as the tokenizer's own chat template prints them.
+
+    Args:
+      renderer: converts dialogues to tokens.
+      dialogues: the turns of each dialogue.
+      counts: is incremented under a line that describes the difference, if there is one.
+    Raises: InputError with `template: auto`, if `counts` holds such a difference, found here or while the data were
+      encoded.
+    """
+    first = list(islice(dialogues, TEMPLATE_ROWS))
+    if (difference := renderer.check.first_difference(first)) is not None:
+        counts[difference] += 1
+    for line, n in counts.items():
+        if line.startswith(MISMATCH) and renderer.template == "auto":
+            raise InputError(
+                f"template: found {n} {line}, expected template: assembled to train on them all the same, or plain"
+            )
+
+
 def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     """Return the model inside a trainable adapter; heads stay trainable in full.
 
@@ -47,8 +81,6 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     """
     if has_adapter(model):
         raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
-    if isinstance(model, Reward):
-        peft_config = with_head_beside(peft_config, model)
     peft = require_peft()
     routers = _linear_layers_with_several_outputs(model)
     if peft_config.target_modules == "all-linear":

@@ -10,9 +10,8 @@ computed at these only. An item is what the loss is averaged over: a step, or a 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,29 +20,29 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from offline_lmrl.decoding.probe import check_plays, check_trains, probing
+from offline_lmrl.decoding.probe import probing
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import data_hash, read_trajectories
 from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.models.guided import as_guided
+from offline_lmrl.models.guided import as_guided, remove_heads
 from offline_lmrl.models.renderers import rendering_block, training_renderer
 from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.tokens.batching import PackedDataset, WindowDataset, encode_trajectories
 from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
 from offline_lmrl.tokens.few_shot import encode_few_shot
-from offline_lmrl.tokens.template_check import MISMATCH, TEMPLATE_ROWS
 from offline_lmrl.training.checkpoint import CheckpointedTrainer
 from offline_lmrl.training.config import BaseConfig, GuidedConfig, OfflineConfig
 from offline_lmrl.training.loading import EvenBatches, LengthGroupedSampler, collate_even
 from offline_lmrl.training.metrics import Averages, LossBar, MetricsFile
-from offline_lmrl.training.starting_model import check_model, tokenizer_beside, with_adapter
+from offline_lmrl.training.starting_model import check_policy, check_template, tokenizer_beside, with_adapter
 
 KNOWN_TURN = "a finished agent turn after which the log continues or ends"  # its reward is a training target
 
@@ -114,7 +113,7 @@ class BaseTrainer(CheckpointedTrainer):
             processing_class = tokenizer_beside(model)
         if isinstance(model, str):
             model = args.open_model(model)
-        self.args = args
+        self.args, self.peft_config = args, peft_config
         self.renderer = training_renderer(processing_class, model, args.template, args.output_dir)
         self.counts: Counter[str] = Counter()
         self.outcome: dict[str, float] = {}
@@ -123,8 +122,8 @@ class BaseTrainer(CheckpointedTrainer):
             for rows, counts in ((train_dataset, self.counts), (eval_dataset, None))
         )
         model, train, held_out = self.prepare(model, train, held_out)
-        if peft_config is not None:
-            model = with_adapter(model, peft_config)
+        if self.peft_config is not None:
+            model = with_adapter(model, self.peft_config)
         super().__init__(
             model,
             args,
@@ -148,7 +147,7 @@ class BaseTrainer(CheckpointedTrainer):
     ) -> tuple[PreTrainedModel, PackedDataset, PackedDataset | None]:
         """Return the model with all its parts and its run metadata, and the encoded training and held-out data.
 
-        `self.counts` is incremented for each dropped row, under the reason.
+        `self.counts` is incremented for each dropped row, under the reason. `self.peft_config` may be completed.
         """
         raise NotImplementedError
 
@@ -188,25 +187,6 @@ class BaseTrainer(CheckpointedTrainer):
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return math.ceil(-(-len(self.train_dataset) // rows) * args.num_train_epochs)
 
-    def compare_with_template(self, dialogues: Iterable[Sequence[Turn]]) -> None:
-        """Check that the first dialogues are rendered as the tokenizer's own chat template prints them.
-
-        If one is not, `self.counts` is incremented under a line that describes the difference.
-
-        Args:
-          dialogues: the turns of each dialogue.
-        Raises: InputError with `template: auto`, if `self.counts` holds such a difference, found here or while the
-          data were encoded.
-        """
-        first = list(islice(dialogues, TEMPLATE_ROWS))
-        if (difference := self.renderer.check.first_difference(first)) is not None:
-            self.counts[difference] += 1
-        for line, n in self.counts.items():
-            if line.startswith(MISMATCH) and self.renderer.template == "auto":
-                raise InputError(
-                    f"template: found {n} {line}, expected template: assembled to train on them all the same, or plain"
-                )
-
     def _freeze_unreached(self) -> None:
         """Freeze parameters that get no gradient from the loss.
 
@@ -220,7 +200,7 @@ class BaseTrainer(CheckpointedTrainer):
         if freeze_unreached(self.model, loss) and self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = True
 
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+    def get_train_dataloader(self) -> DataLoader:
         """Return Trainer's loader, changed so that each row goes to exactly one rank."""
         loader = super().get_train_dataloader()
         shard = loader.batch_sampler
@@ -239,7 +219,7 @@ class BaseTrainer(CheckpointedTrainer):
 
     def _get_eval_sampler(self, eval_dataset):
         # Independent of the training order, because evaluation_loop makes its own batches.
-        return torch.utils.data.SequentialSampler(eval_dataset)
+        return SequentialSampler(eval_dataset)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Return the number of items of the optimizer step, over all micro-batches and all ranks."""
@@ -347,13 +327,13 @@ class OfflineTrainer(BaseTrainer):
         return Encoding(RewardScale.fit(train, self.args.reward_scale, discounted=False))
 
     def prepare_model(self, model: PreTrainedModel, windows: WindowDataset) -> PreTrainedModel:
-        """Return the guided model with the parts that this algorithm needs.
+        """Return the guided model with the parts that this algorithm needs: none, unless it defines this method.
 
         Args:
-          model: the guided model from which training starts.
+          model: the guided model from which training starts. Its heads fit the trunk as it was before this training.
           windows: the encoded training data.
         """
-        return model
+        return remove_heads(model)
 
     # Shared by all algorithms.
 
@@ -362,9 +342,7 @@ class OfflineTrainer(BaseTrainer):
         shown = args.few_shot and args.few_shot.demonstrations
         logs = self.choose(Logs(train, held_out, shown and read_trajectories(shown)))
         model = as_guided(model)
-        check_model(model, self.renderer, args.max_length)
-        check_trains(model, self.renderer)
-        check_plays(model, self.renderer)
+        check_policy(model, self.renderer, args.max_length)
         encoding = self.encoding(model, logs.train)
         self.request = encoding.request
         self.encoder = EpisodeEncoder(
@@ -376,7 +354,7 @@ class OfflineTrainer(BaseTrainer):
             encoding.replies,
         )
         windows = self._windows(encoding, logs.train, logs.demonstrations, self.counts)
-        self.compare_with_template(row.turns for row in logs.train)
+        check_template(self.renderer, (row.turns for row in logs.train), self.counts)
         model = self.prepare_model(model, windows)
         model.config.offline_lmrl = run_metadata(model.config) | {
             "algorithm": self.algorithm,

@@ -21,15 +21,16 @@ from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
 from offline_lmrl.cli import main
 from offline_lmrl.cli.data import SOURCES, prepare_from_settings
 from offline_lmrl.cli.main import COMMANDS
-from offline_lmrl.cli.parser import Command, overrides_of, read_settings, ready
+from offline_lmrl.cli.parser import Command, ready
 from offline_lmrl.cli.play import read_prompts
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import MethodConfig
-from offline_lmrl.decoding.planner import PlannerConfig
+from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.run import DataConfig, ModelConfig
 from offline_lmrl.settings import REQUIRED, Parameter, all_settings, nearest, parameters_of, setting
 from offline_lmrl.tasks.hidden_rule import HiddenRule
@@ -184,7 +185,11 @@ def test_settings_that_cannot_be_trained_with_are_named_before_training(refused,
     ("file", "content", "said"),
     [
         ("config.json", {"offline_lmrl": 3}, "offline_lmrl: found 3, expected an object"),
-        ("config.json", {"offline_lmrl": {"window": {"context": 1, "strid": 2}}}, "offline_lmrl.window: found {"),
+        (
+            "config.json",
+            {"offline_lmrl": {"window": {"context": 1, "strid": 2}}},
+            "window: strid: found a setting that",
+        ),
         (
             "config.json",
             {"offline_lmrl": {"window": {"stride": "1"}}},
@@ -264,7 +269,7 @@ def test_rows_longer_than_the_context_are_refused(refused, tmp_path):
 )
 def test_bad_setting_is_refused_with_its_key(refused, tmp_path, section, wrong, said):
     file = write_train_file(tmp_path, write_rows(tmp_path / "data.jsonl", GOOD), tmp_path / "run")
-    settings = read_settings(file)
+    settings = read_yaml(file, "settings")
     settings[section] = {**settings[section], **wrong} if isinstance(wrong, dict) else wrong
     file.write_text(yaml.safe_dump(settings))
     assert said in refused("train", file)
@@ -430,7 +435,7 @@ def test_settings_on_the_command_line_win_over_the_file(command, trained, tmp_pa
     arguments = ("train", trained / "train.yaml", "--args.output_dir", tmp_path / "run", "--args.max_steps", 1)
     code, out, _ = command(*arguments)
     assert (code, out.splitlines()[-1]) == (0, str(tmp_path / "run"))
-    resolved = read_settings(tmp_path / "run" / "config.yaml")
+    resolved = read_yaml(tmp_path / "run" / "config.yaml", "settings")
     assert (resolved["args"]["max_steps"], resolved["args"]["learning_rate"]) == (1, 1e-3)
     assert command(*arguments)[:2] == (0, f"{tmp_path / 'run'}\n")  # complete, so there is nothing to do
 
@@ -603,12 +608,12 @@ def test_nearest_prefers_the_right_name_in_another_group():
 
 
 def test_overrides_are_text_with_the_value_that_yaml_reads_in_it():
-    found = overrides_of(["--a.b", "1e-3", "--c=[1, 2]", "--d", "null", "--e", "{x", "--f", "-1"])
+    found = Command("x", {}).words(["--a.b", "1e-3", "--c=[1, 2]", "--d", "null", "--e", "{x", "--f", "-1"])
     assert found == {"a.b": "1e-3", "c": "[1, 2]", "d": "null", "e": "{x", "f": "-1"}
     assert [word.value for word in found.values()] == [1e-3, [1, 2], None, "{x", -1]
     for words in (["--a"], ["--a", "--b", "1"]):
         with pytest.raises(InputError, match="--a: found nothing after it"):
-            overrides_of(words)
+            Command("x", {}).words(words)
 
 
 @dataclass

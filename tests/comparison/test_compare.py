@@ -341,7 +341,7 @@ def test_repeats_are_for_sampled_play_only(world):
         ),
         ("methods__bc__planner", {"wide": 3}, "methods.bc.planner.wide: found .*did you mean '.*width'"),
         ("methods__bc__planner", {"depth": 0}, "depth: found 0, expected a whole number from 1"),
-        ("methods__bc__decoding", {"temprature": 1}, "'temprature'; did you mean 'temperature'"),
+        ("methods__bc__decoding", {"temprature": 1}, "decoding.temprature: found .*did you mean 'temperature'"),
         ("methods__bc__decoding", {"ask": "best"}, "ask: found 'best', expected a finite number"),
         ("methods__bc__planner", {"scorer": "bc"}, "methods.bc.planner.scorer: found 'bc', which has no value heads"),
         (
@@ -350,7 +350,11 @@ def test_repeats_are_for_sampled_play_only(world):
             "methods.bc.decoding.ask: found 'bc', which has no value heads",
         ),
         ("evaluation__decoding", {"top_p": 2}, "top_p: found 2"),
-        ("partner", {"algorithm": "bc", "decoding": {"topp": 1}}, "decoding has no setting 'topp'"),
+        (
+            "partner",
+            {"algorithm": "bc", "decoding": {"topp": 1}},
+            "decoding.topp: found .*did you mean 'top_p'",
+        ),
         ("model__scrach", {}, "methods.bc.model.scrach: found a setting that does not exist; did you mean '.*scratch"),
         ("data__validation", None, "data.validation: missing"),
     ],

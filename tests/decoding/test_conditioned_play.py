@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 from offline_lmrl.decoding import asks
 from offline_lmrl.decoding import policy as policies
+from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.decoding.distribution import reduce_q
-from offline_lmrl.decoding.planner import PlannerConfig
-from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, load_value_model
+from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, RequestValues, load_value_model
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.environments.rollouts import rollout
@@ -245,7 +245,7 @@ def test_what_the_policy_would_hardly_say_is_no_candidate_for_the_best_q():
     logits = torch.full_like(q, -100.0)
     logits[:, 7], logits[:, 3], logits[:, 5] = 0.0, math.log(0.021), math.log(0.019)
     expected = torch.maximum(q[:, 7], q[:, 3])  # 5 is below .02 of the best, whatever its Q
-    assert_close(player.head_of("auto")(hidden, logits), expected, rtol=0, atol=0)
+    assert_close(RequestValues(player).head_of("auto")(hidden, logits), expected, rtol=0, atol=0)
 
 
 def test_a_history_that_was_changed_is_read_anew(monkeypatch):

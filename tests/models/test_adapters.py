@@ -173,6 +173,7 @@ def test_a_missing_heads_file_and_a_missing_base_are_one_line_errors(tmp_path):
 
 def test_without_peft_a_lora_folder_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "offline_lmrl.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r"pip install 'offline_lmrl\[peft\]'"):
         load_model(tmp_path)

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offline_lmrl.ops.chunked import chunked_logsumexp
+from offline_lmrl.ops.value_learning import chunked_logsumexp
 
 HEADS, N, V, K = 2, 5, 11, 3
 

@@ -1,5 +1,9 @@
-"""Shape checks at the start of losses and returns, where a wrong axis would broadcast silently."""
+"""What the functions in this folder ask of their inputs: named shapes, and at least fp32.
 
+A wrong axis would broadcast silently. Half precision is widened; float64 inputs stay as they are.
+"""
+
+import torch
 from torch import Tensor
 
 
@@ -19,3 +23,8 @@ def check_shapes(spec: str, *tensors: Tensor) -> None:
         for axis, size in zip(axes, tensor.shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(f"axis {axis} has sizes {sizes[axis]} and {size} in ({spec})")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x widened to fp32 if it is half precision; fp32 and float64 stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
