@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass
 
 from data_prep.source import VALIDATION_SHARE, Source, write_trajectories
+from offline_lmrl.environments.scripted import Toy
 from offline_lmrl.errors import require, shown
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
@@ -20,7 +21,7 @@ class Toys(Source):
         made = make_environment(self.task)
         environment = made() if callable(made) else made
         require(
-            hasattr(environment, "logs"),
+            isinstance(environment, Toy),
             f"task: found {shown(self.task)}, expected a task that has logs, such as count",
         )
         rows = environment.logs(self.episodes, self.seed)

@@ -47,7 +47,7 @@ from offline_lmrl.decoding.distribution import filter_policy
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.protocols import Environment, VectorEnvironment, optional
 from offline_lmrl.logs.scale import RewardScale
@@ -232,10 +232,10 @@ class PPOConfig(OfflineConfig):
         )
         optional = ("value_clip_range", "kl_target", "stop_kl", "max_kl", "clip_scores")
         check_range(self, **{name: (1e-12, math.inf) for name in optional if vars(self)[name] is not None})
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise InputError(
-                f"kl_estimator: found {shown(self.kl_estimator)}, expected one of {', '.join(KL_ESTIMATORS)}"
-            )
+        require(
+            self.kl_estimator in KL_ESTIMATORS,
+            f"kl_estimator: found {shown(self.kl_estimator)}, expected one of {', '.join(KL_ESTIMATORS)}",
+        )
         decoding = DecodingConfig.from_dict(self.decoding)
         for name, expected in (("beta", 0.0), ("condition_scale", 0.0), ("ask", None), ("stop", ())):
             if (found := vars(decoding)[name]) != expected:
@@ -243,8 +243,9 @@ class PPOConfig(OfflineConfig):
                     f"decoding.{name}: found {shown(found)}, expected the default: PPO learns "
                     "from the policy's own samples, up to their closing token"
                 )
-        if decoding.temperature == 0:
-            raise InputError("decoding.temperature: found 0, expected above 0: greedy play explores nothing")
+        require(
+            decoding.temperature != 0, "decoding.temperature: found 0, expected above 0: greedy play explores nothing"
+        )
         super().__post_init__()
 
     @property
@@ -333,6 +334,7 @@ class Rollouts:
 
 
 def agent_turns(trajectories: Sequence[Trajectory]) -> list[Turn]:
+    """Return the agent's turns of all episodes, in order."""
     return [turn for trajectory in trajectories for turn in trajectory.turns if turn.is_trainable]
 
 
@@ -387,11 +389,13 @@ class Passes:
         self.learner, self.reference, self.tokens = learner, reference, 0
 
     def batch(self, windows: WindowDataset, index: np.ndarray) -> TokenBatch:
+        """Return the windows with these indices as a batch on the training device."""
         batch = windows.batch(index)
         self.tokens += int(batch["attention_mask"].sum())
         return send_to_device(batch, self.learner.args.device)
 
     def reference_logits(self, batch: TokenBatch) -> Tensor:
+        """Return the logits of π_ref at the N steps of a batch, (N, V)."""
         steps, policy = batch["steps"], self.learner.module.policy
         inputs = {name: batch[name][: batch["windows"]] for name in ("input_ids", "attention_mask")}
         self.tokens += int(inputs["attention_mask"].sum())
@@ -503,18 +507,18 @@ def check_start(experience: Experience, bf16: bool) -> None:
     """
     log_prob = experience.column("behaviour_log_prob")
     kl = (log_prob - experience.column("ref_log_prob")).abs().max().item()
-    if kl > 1e-6:
-        raise InputError(
-            f"KL at step 0: found policy and reference {kl:.3g} nats apart on a token, expected 0: "
-            "the reference is not the model that the run starts from"
-        )
+    require(
+        kl <= 1e-6,
+        f"KL at step 0: found policy and reference {kl:.3g} nats apart on a token, expected 0: "
+        "the reference is not the model that the run starts from",
+    )
     gap = (log_prob - experience.column("sampled_log_prob")).abs().mean().item()
-    if not gap <= SAMPLER_GAP[bf16]:
-        raise InputError(
-            f"KL at step 0: found sampler and learner {gap:.3g} nats per token apart, expected 0: "
-            "they differ in temperature, filters or dropout, or in the part of an episode that they see "
-            "(max_length must hold whole dialogues, or context must bound them)"
-        )
+    require(
+        gap <= SAMPLER_GAP[bf16],
+        f"KL at step 0: found sampler and learner {gap:.3g} nats per token apart, expected 0: "
+        "they differ in temperature, filters or dropout, or in the part of an episode that they see "
+        "(max_length must hold whole dialogues, or context must bound them)",
+    )
 
 
 def credit(experience: Experience, config: PPOConfig, kl_weight: float) -> dict[str, float]:
@@ -570,11 +574,11 @@ class Update:
         Raises: InputError if there are fewer windows than minibatches.
         """
         config, windows, rows = self.config, len(experience.windows), []
-        if windows < config.minibatches:
-            raise InputError(
-                f"minibatches: found {config.minibatches}, expected at most {windows}, the number of windows in this "
-                "iteration"
-            )
+        require(
+            windows >= config.minibatches,
+            f"minibatches: found {config.minibatches}, expected at most {windows}, the number of windows in this "
+            "iteration",
+        )
         dice = np.random.default_rng([config.seed, iteration, config.process_index])
         shuffled = (dice.permutation(windows) for _ in range(config.epochs))
         for index in (index for order in shuffled for index in np.array_split(order, config.minibatches)):
@@ -727,12 +731,14 @@ class PPOTrainer(LoopTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
     ):
-        if args.ptx_weight > 0 and ptx_dataset is None:
-            raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data; set data.train, or use 0")
-        if args.episodes < args.world_size:
-            raise InputError(
-                f"episodes: found {args.episodes}, expected at least one for each of {args.world_size} processes"
-            )
+        require(
+            args.ptx_weight == 0 or ptx_dataset is not None,
+            f"ptx_weight: found {args.ptx_weight}, but no logged data; set data.train, or use 0",
+        )
+        require(
+            args.episodes >= args.world_size,
+            f"episodes: found {args.episodes}, expected at least one for each of {args.world_size} processes",
+        )
         if processing_class is None:
             processing_class = tokenizer_beside(model)
         policy = as_guided(load_model(model) if isinstance(model, str) else model)
@@ -914,27 +920,29 @@ def check_score_starts_v(block: Mapping[str, Any], args: PPOConfig) -> None:
             "tokens, expected head: terminal or turn, which V can read at one token"
         )
     context = block.get("window", {}).get("context")
-    if context not in (None, args.context):
-        raise InputError(
-            f"value_model: {name}: found a reward model with context: {context}, expected this run's "
-            f"context, {args.context}, as V reads what the policy sees"
-        )
-    if args.scale_scores:
-        raise InputError(
-            f"scale_scores: found true with the reward model {name} as value_model, expected only one of "
-            "them: V would start in another unit than the scaled scores"
-        )
+    require(
+        context in (None, args.context),
+        f"value_model: {name}: found a reward model with context: {context}, expected this run's "
+        f"context, {args.context}, as V reads what the policy sees",
+    )
+    require(
+        not args.scale_scores,
+        f"scale_scores: found true with the reward model {name} as value_model, expected only one of "
+        "them: V would start in another unit than the scaled scores",
+    )
 
 
 def _freeze_unreached(module: ActorCritic, encoder: EpisodeEncoder, args: PPOConfig) -> bool:
-    """Freeze the parameters that get no gradient from the policy's logits or from V; return True if there are any.
+    """Freeze the parameters that get no gradient from the policy's logits or from V.
 
     They are found by one forward pass on a made-up dialogue. It is long, because some parts of a model are used for
     long texts only.
+
+    Returns: True if DistributedDataParallel must look for unused parameters in every step (`freeze_unreached`).
     """
     long = "a " * (args.max_length // 4)
     dialogue = Trajectory((Turn("user", long), Turn("assistant", "b", reward=0.0)))
     columns = encode_trajectories([dialogue], encoder, Counter())
     windows = WindowDataset(columns, encoder.renderer.close_id, next_rows=False, end_rows=False)
     outputs = module(send_to_device(windows.batch(np.arange(1)), args.device))
-    return bool(freeze_unreached(module, outputs["logits"].sum() + outputs["v"].sum()))
+    return freeze_unreached(module, outputs["logits"].sum() + outputs["v"].sum())

@@ -10,7 +10,7 @@ from typing import Any
 
 from offline_lmrl.cli.output import check_output, print_counts, print_report, progress_bar
 from offline_lmrl.cli.play import OpenedRun
-from offline_lmrl.decoding.planner import PlannerConfig
+from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.settings import REQUIRED, setting
@@ -41,8 +41,9 @@ class PlayConfig(OpenedRun):
     batch_size: int = setting(1024, "Number of episodes played in parallel.")
     output: Path | None = setting(
         None,
-        "File for the played episodes, which can be trained on. With asks, a JSON Lines file for the results of each "
-        "requested return. null = no file.",
+        "File (.jsonl, .jsonl.gz, .parquet) for the played episodes, which can be trained on; or a folder of results "
+        "for `report`, to which those of this run are added. With asks, a JSON Lines file for the results of each "
+        "requested return. null = no output.",
     )
     asks: tuple[float | str, ...] | None = setting(
         None,
@@ -117,8 +118,15 @@ def evaluate_play(config: PlayConfig) -> None:
     if config.asks is not None:
         _report_asks(points, config)
         return
-    if config.output is not None:
+    if config.output is not None and config.output.suffix:
         write_trajectories(config.output, result.trajectories)
+    elif config.output is not None:
+        from offline_lmrl.comparison.config import EvaluationConfig
+        from offline_lmrl.comparison.gather import save_evaluation
+
+        where = {"name": config.environment, **config.settings}
+        made = EvaluationConfig(config.episodes, config.seed, config.repeats, cluster=config.cluster)
+        save_evaluation(config.output, config.run, player, where, made, result)
     summary = result.summary()
     labels = summary.pop("labels")
     print(f"score: {result.score()}")
@@ -191,7 +199,7 @@ def evaluate_logs(config: LogsConfig) -> None:
     logs = {"betas": config.betas, "kl_budget": config.kl_budget, "demonstrations": shown_first}
     print(visible(str(offline.evaluate_offline(policy, trajectories, **logs))))
 
-    from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
+    from offline_lmrl.evaluation.off_policy import FitConfig, fitted_q_evaluation, importance_sampling
 
     print("estimates of its score from these logs alone (they cannot replace play):")
     try:
@@ -200,7 +208,7 @@ def evaluate_logs(config: LogsConfig) -> None:
         print(visible(f"  weighted importance sampling: not computed, {error}"))
     if config.fqe != 0:
         with progress_bar("fitting", config.fqe) as progress:
-            found = fitted_q_evaluation(policy, trajectories, config.fqe, progress=progress)
+            found = fitted_q_evaluation(policy, trajectories, FitConfig(config.fqe), progress)
         print(f"  fitted Q evaluation: {found}")
 
 

@@ -195,7 +195,7 @@ def ready(name: str, function: Callable[..., Any], argv: Sequence[str], position
     parameters = dict(sorted(parameters.items(), key=lambda one: one[0] not in own))
     decoding: Parameters = {}
     if parameters.pop("decoding", None) is not None:
-        from offline_lmrl.decoding.sampler import DecodingConfig
+        from offline_lmrl.decoding.config import DecodingConfig
 
         decoding = parameters_of(DecodingConfig)
     about = re.split(r"\n(?:Args|Returns|Raises|Attributes):", inspect.getdoc(make) or "")[0]

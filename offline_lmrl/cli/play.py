@@ -37,7 +37,7 @@ class OpenedRun:
     decoding: dict[str, Any] = setting(dict, "DecodingConfig fields, over those saved with the run.")
 
     def __post_init__(self) -> None:
-        from offline_lmrl.decoding.sampler import DecodingConfig
+        from offline_lmrl.decoding.config import DecodingConfig
 
         DecodingConfig(**self.decoding)  # reports a number out of range before the model is loaded
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.comparison.methods import CollectConfig
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.files import read_object, reading

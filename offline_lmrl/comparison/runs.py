@@ -11,7 +11,7 @@ from typing import Any
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.methods import CollectConfig, CostConfig
 from offline_lmrl.comparison.rounds import train_in_rounds
-from offline_lmrl.decoding.planner import PlannerConfig
+from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.run import DataConfig, ModelConfig, train
 from offline_lmrl.settings import build
 from offline_lmrl.training.config import BaseConfig

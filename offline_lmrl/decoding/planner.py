@@ -25,44 +25,15 @@ from typing import Any
 import numpy as np
 
 from offline_lmrl.decoding.cache import CacheMemory
-from offline_lmrl.decoding.distribution import INF, number
-from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_value_model, require_no_few_shot
-from offline_lmrl.decoding.sampler import CACHE_BYTES, FROM_1, DecodingConfig, Sampler, check_numbers
+from offline_lmrl.decoding.config import PlannerConfig
+from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
+from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.preferences import Scored, score_rows
 from offline_lmrl.logs.protocols import Reply, Scorer
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Turn, as_context
 from offline_lmrl.models.adapters import part_of, run_metadata
-from offline_lmrl.settings import setting
-
-
-@dataclass(frozen=True)
-class PlannerConfig:
-    """The settings of the beam search that plans replies."""
-
-    width: int = number(16, "Beams kept after each utterance, at least 1.", 1, INF, FROM_1)
-    expand: int = number(4, "Replies that each beam proposes, at least 1.", 1, INF, FROM_1)
-    depth: int = number(1, "Agent utterances to look ahead, at least 1.", 1, INF, FROM_1)
-    scorer: str = setting(
-        "heads",
-        "Rates a beam's last utterance: heads (the model's own return heads), or a run with value heads; in a "
-        "comparison, the name of a method, whose run of the same seed is taken.",
-    )
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-
-    def planner(self, policy: LanguagePolicy) -> "Planner":
-        """Return a planner with these settings that draws its proposals from `policy`.
-
-        Raises: InputError if `scorer` is a run without value heads, or one that was trained with few-shot
-          demonstrations, or as `Planner` does.
-        """
-        scorer = None
-        if self.scorer != "heads":
-            scorer = ValueModelScorer(require_no_few_shot(load_value_model(self.scorer, device=policy.model.device)))
-        return Planner(policy, scorer, width=self.width, expand=self.expand, depth=self.depth)
 
 
 class Planner:

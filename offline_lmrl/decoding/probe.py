@@ -19,6 +19,8 @@ from offline_lmrl.decoding.cache import is_kept_per_token, new_cache
 from offline_lmrl.decoding.prompts import CachedModel
 from offline_lmrl.decoding.sampler import evaluating
 from offline_lmrl.errors import InputError
+from offline_lmrl.models.adapters import without_adapter
+from offline_lmrl.models.guided import Guided
 from offline_lmrl.models.step_outputs import packed_logits
 from offline_lmrl.tokens.rendering import Renderer
 
@@ -145,8 +147,8 @@ def _check(model: nn.Module, found: Tensor, expected: Tensor, how: str) -> None:
 
 
 def _name(model: nn.Module) -> str:
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    return getattr(inner, "base_name", type(inner).__name__)
+    inner = without_adapter(model)
+    return inner.base_name if isinstance(inner, Guided) else type(inner).__name__
 
 
 @contextmanager

@@ -14,31 +14,27 @@ null condition.
 """
 
 import bisect
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from types import NoneType
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.constraints import OptionIds, TokenTrie
-from offline_lmrl.decoding.distribution import INF, Q_REDUCTIONS, Form, ModelOutputs, lookup_in, next_token, number
+from offline_lmrl.decoding.distribution import ModelOutputs, lookup_in, next_token
 from offline_lmrl.decoding.prompts import CachedModel, LastOutputs, Prompts, Rows
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.models.adapters import part_of
 from offline_lmrl.ops.decoding import sample_from, uniform
-from offline_lmrl.settings import setting
-from offline_lmrl.tokens.conditioning import check_ask
 from offline_lmrl.tokens.rendering import Renderer
 
 FINISHED_SHARE = 0.25  # finished rows are removed from the batch once they make up this share of it
-FROM_1 = "a whole number from 1"
 CACHE_BYTES = 2**31  # limit on the caches that a session keeps between turns
 
 
@@ -48,63 +44,6 @@ def sync_every(device: torch.device) -> int:
     On a GPU each check waits until the GPU has finished its queued work; on a CPU it costs nothing.
     """
     return 1 if device.type == "cpu" else 8
-
-
-def check_numbers(config: Any) -> None:
-    """Check the fields of a dataclass that `number` made.
-
-    Raises: InputError if one of them is no finite number in its range, or not whole if its type is.
-    """
-    for one in fields(config):
-        value, types = vars(config)[one.name], get_args(one.type) or (one.type,)
-        if "expected" not in one.metadata or (value is None and NoneType in types):
-            continue
-        right = isinstance(value, (int, float) if float in types else int) and not isinstance(value, bool)
-        if not right or not one.metadata["low"] <= value <= one.metadata["high"] or abs(value) == INF:
-            raise InputError(f"{one.name}: found {shown(value)}, expected {one.metadata['expected']}")
-
-
-@dataclass(frozen=True)
-class DecodingConfig(Form):
-    """The settings by which the next token is chosen."""
-
-    ask: float | str | None = setting(
-        None,
-        "The requested return, for a model that was trained with returns. Requested at the agent's first turn, and "
-        'then reduced by each reward it earns: a number in reward units, "p90" or "max" (of the training returns), '
-        '"auto" (the best Q at the agent\'s first turn), or "auto:RUN" (the best Q of another run there). Computed '
-        'anew before every turn: "expert:3" (the expected return after weighting each return R, in scaled units, by '
-        "exp(3 · R): `ReturnHeads.expert`). null = no return is requested. The docstring of decoding/asks.py compares "
-        "their results.",
-    )
-    max_new_tokens: int = number(64, "Longest reply in tokens, closing token included.", 1, INF, FROM_1)
-    stop: tuple[str, ...] = setting((), "Texts that end a reply; the reply's text is cut before the first of them.")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        check_numbers(self)
-        check_ask(self.ask)
-        if self.q_reduce not in Q_REDUCTIONS:
-            raise InputError(f"q_reduce: found {shown(self.q_reduce)}, expected one of {', '.join(Q_REDUCTIONS)}")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError(f"stop: found {shown(self.stop)}, expected texts that are not empty")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values for JSON."""
-        return asdict(self) | {"stop": list(self.stop)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DecodingConfig":
-        """Rebuild the settings from the output of `to_dict`; absent keys take their defaults.
-
-        Raises: InputError if a key is unknown.
-        """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
-                raise InputError(f"decoding has no setting {shown(name)}; did you mean {near[0]!r}?")
-        return cls(**values)
 
 
 class Sampler:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.io import parsed, raw_splits
 from offline_lmrl.logs.messages import read_request
 from offline_lmrl.logs.preferences import score_rows
@@ -54,16 +54,14 @@ class PromptEnvironment:
         batch_size: int = 64,
         seed: int = 0,
     ):
-        if batch_size < 1:
-            raise InputError(f"batch_size: found {batch_size}, expected at least 1")
+        require(batch_size >= 1, f"batch_size: found {batch_size}, expected at least 1")
         self.batch_size, self.seed, self.reward = batch_size, seed, _reward_function(reward)
         rows = _read(prompts) if isinstance(prompts, str | Path) else [(_turns(prompt), {}) for prompt in prompts]
         # Reversed, so that the first of equal prompts is kept.
         unique = {context: labels for context, labels in reversed(rows)}
         self.prompts = list(reversed(unique.items()))
         self.counts = Counter({"prompts dropped: seen before": len(rows) - len(unique)})
-        if not self.prompts:
-            raise InputError(f"prompts: found none in {shown(prompts)}, expected at least one")
+        require(len(self.prompts) > 0, f"prompts: found none in {shown(prompts)}, expected at least one")
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
         orders = {
@@ -102,8 +100,10 @@ class PromptEnvironment:
             values = list(found)
         except TypeError as error:
             raise InputError(f"reward: found {shown(found)}, expected a list of {len(texts)} numbers") from error
-        if len(values) != len(texts):
-            raise InputError(f"reward: found {len(values)} numbers, expected one for each of {len(texts)} replies")
+        require(
+            len(values) == len(texts),
+            f"reward: found {len(values)} numbers, expected one for each of {len(texts)} replies",
+        )
         return [_number(value, text) for value, text in zip(values, texts, strict=True)]
 
 
@@ -119,8 +119,7 @@ def _reward_function(reward: Scorer | RewardFunction | str) -> RewardFunction:
                 [(context, [(Turn("assistant", text),)]) for context, text in zip(contexts, texts, strict=True)], found
             )
         ]
-    if not callable(found):
-        raise InputError(f"reward: found {shown(reward)}, expected a function or a Scorer")
+    require(callable(found), f"reward: found {shown(reward)}, expected a function or a Scorer")
     return found
 
 
@@ -146,8 +145,7 @@ def _turns(prompt: Any, where: str = "prompts", field: str = "prompt") -> tuple[
 def _read(source: str | Path) -> list[Prompt]:
     """Read the prompts of a file or folder; return (turns of the prompt, further columns of its row) for each row."""
     parts = raw_splits(source)
-    if len(parts) > 1:
-        raise InputError(f"{source}: found the splits {', '.join(parts)}, expected one of them: give its file")
+    require(len(parts) == 1, f"{source}: found the splits {', '.join(parts)}, expected one of them: give its file")
     (rows,) = parts.values()
     found = []
     for where, raw in rows:
@@ -159,7 +157,6 @@ def _read(source: str | Path) -> list[Prompt]:
         agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
         if key == "messages" and agent:
             turns = turns[: agent[-1]]
-        if not turns:
-            raise InputError(f"{where}: messages: found no turn before the agent's, expected a prompt")
+        require(len(turns) > 0, f"{where}: messages: found no turn before the agent's, expected a prompt")
         found.append((turns, {name: value for name, value in row.items() if name != key and value is not None}))
     return found

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment, is_vector, optional
 from offline_lmrl.logs.trajectory import Trajectory, Turn, finite, shown
 
@@ -30,10 +30,11 @@ class PlaySettings:
     progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_turns is not None and self.max_turns < 1:
-            raise InputError(f"max_turns: found {self.max_turns}, expected at least 1, or null")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size: found {self.batch_size}, expected at least 1")
+        require(
+            self.max_turns is None or self.max_turns >= 1,
+            f"max_turns: found {self.max_turns}, expected at least 1, or null",
+        )
+        require(self.batch_size >= 1, f"batch_size: found {self.batch_size}, expected at least 1")
 
 
 class SideBySide:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.protocols import Environment, Policy, Reply, Session
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
@@ -34,8 +34,7 @@ def scripted_episode(
 
 def check_episodes(episodes: int) -> None:
     """Check that there is at least one episode. Raises: InputError if not."""
-    if episodes < 1:
-        raise InputError(f"episodes: found {episodes}, expected at least 1")
+    require(episodes >= 1, f"episodes: found {episodes}, expected at least 1")
 
 
 class Toy:

@@ -62,6 +62,29 @@ class WeightedReturn:
 
 
 @dataclass(frozen=True)
+class FitConfig:
+    """The settings of fitted Q evaluation.
+
+    steps: optimizer steps per fit, at least 1.
+    fits: number of fits. For each, groups of trajectories (`Trajectory.group`) are drawn with replacement.
+    batch_size: agent tokens per optimizer step.
+    learning_rate: learning rate of Adam.
+    target_rate: share of Q that moves into Q̄ after each optimizer step (Polyak averaging).
+    seed: seed of the draws and of the heads' initial weights.
+    """
+
+    steps: int = 2000
+    fits: int = 3
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    target_rate: float = 0.05
+    seed: int = 0
+
+
+FIT = FitConfig()
+
+
+@dataclass(frozen=True)
 class FittedValue:
     """A fitted Q evaluation estimate of the discounted return from the logs' first states; `str` formats it.
 
@@ -125,13 +148,7 @@ def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajector
 def fitted_q_evaluation(
     policy: LanguagePolicy,
     trajectories: Sequence[Trajectory],
-    steps: int = 2000,
-    *,
-    fits: int = 3,
-    batch_size: int = 256,
-    learning_rate: float = 2e-3,
-    target_rate: float = 0.05,
-    seed: int = 0,
+    config: FitConfig = FIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> FittedValue:
     """Estimate the policy's discounted return by fitting new Q and V heads on its frozen decoder.
@@ -144,42 +161,37 @@ def fitted_q_evaluation(
     Args:
       policy: the policy to evaluate, π.
       trajectories: logged episodes.
-      steps: optimizer steps per fit.
-      fits: number of fits. For each, groups of trajectories (`Trajectory.group`) are drawn with replacement.
-      batch_size: agent tokens per optimizer step.
-      learning_rate: learning rate of Adam.
-      target_rate: share of Q that moves into Q̄ after each optimizer step (Polyak averaging).
-      seed: seed of the draws and of the heads' initial weights.
+      config: the settings of the fits.
       progress: called with (optimizer steps done, optimizer steps of all fits); None = not called.
     Raises: InputError if `steps` is below 1, if the policy is return-conditioned or was trained with few-shot
       demonstrations, or if no agent turn fits into the policy's window.
     """
     _require_plain(policy)
-    if steps < 1:
-        raise InputError(f"steps: found {steps}, expected at least 1")
+    if config.steps < 1:
+        raise InputError(f"steps: found {config.steps}, expected at least 1")
     logs = _Logs(policy, trajectories)
     vocabulary, device = policy.model.get_output_embeddings().weight.shape[0], policy.model.device
     groups = [t.group or index for index, t in enumerate(trajectories)]
     values, errors = [], []
-    for fit in range(fits):
-        rng = np.random.default_rng([seed, fit])
+    for fit in range(config.fits):
+        rng = np.random.default_rng([config.seed, fit])
         torch.manual_seed(int(rng.integers(2**31)))  # for the initial weights of the heads
-        config = ValueHeadsConfig("mlp", heads=1, initial_value=logs.mean_return)
-        heads = ValueHeads(config, vocabulary, logs.columns["features"].shape[1]).to(device)
+        form = ValueHeadsConfig("mlp", heads=1, initial_value=logs.mean_return)
+        heads = ValueHeads(form, vocabulary, logs.columns["features"].shape[1]).to(device)
         for head in heads.children():
             head.reset()
         heads.update_targets(1.0)
-        optimizer = torch.optim.Adam([*heads.q.parameters(), *heads.v.parameters()], learning_rate)
+        optimizer = torch.optim.Adam([*heads.q.parameters(), *heads.v.parameters()], config.learning_rate)
         drawn = logs.drawn(groups, rng)
-        for step in range(steps):
-            loss = logs.losses(heads, rng.choice(drawn, batch_size))[0].mean()
+        for step in range(config.steps):
+            loss = logs.losses(heads, rng.choice(drawn, config.batch_size))[0].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            heads.update_targets(target_rate)
+            heads.update_targets(config.target_rate)
             if progress is not None:
-                progress(fit * steps + step + 1, fits * steps)
-        value, error = logs.first_values(heads, batch_size)
+                progress(fit * config.steps + step + 1, config.fits * config.steps)
+        value, error = logs.first_values(heads, config.batch_size)
         values.append(float(np.mean(list(value.values()))))
         errors.append(error)
     return FittedValue(float(np.mean(values)), tuple(values), float(np.mean(errors)), logs.encoder.step_rule)

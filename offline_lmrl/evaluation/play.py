@@ -78,16 +78,15 @@ class EvaluationResult:
         """
         n = len(self.episodes)
         turns = sum(row["turns"] for row in self.episodes)
-        labels = label_means(row["labels"] for row in self.episodes)
-        for known in ("invalid", "score"):  # these two have columns of their own
-            labels.pop(known, None)
+        means = label_means(row["labels"] for row in self.episodes)
         return {
             "n": n,
             "turns": turns / n,
             "tokens": sum(row["tokens"] for row in self.episodes) / n,
             "invalid_rate": sum(row["invalid"] for row in self.episodes) / max(turns, 1),
             "truncated_rate": sum(row["truncated"] for row in self.episodes) / n,
-            "labels": labels,
+            # These two labels have columns of their own.
+            "labels": {name: mean for name, mean in means.items() if name not in ("invalid", "score")},
         }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from offline_lmrl.decoding.scorers import drop_too_long
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.evaluation.metrics import Cells
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import group_key
@@ -52,8 +52,7 @@ def evaluate_scorer(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[s
         for i, j in combinations(range(len(row.options)), 2)
         if row.preference(i, j) != 0.5
     ]
-    if not pairs:
-        raise InputError("comparisons: found only ties, expected pairs in which one reply is better")
+    require(len(pairs) > 0, "comparisons: found only ties, expected pairs in which one reply is better")
 
     def right(value) -> Cells:
         """Count, by group, the pairs in which the better option has the higher value; equal values count half.

@@ -24,9 +24,9 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import TERMS, Form
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.trajectory import Turn
@@ -215,9 +215,10 @@ def _check_folds(decoding: DecodingConfig, heads: int) -> None:
     }
     if heads == 1:  # every reduction of one head is that head
         del exact["q_reduce"]
-    wrong = {name: values[0] for name, values in exact.items() if getattr(decoding, name) not in values}
+    form = decoding.to_dict()
+    wrong = {name: values[0] for name, values in exact.items() if form[name] not in values}
     if wrong:
-        found = ", ".join(f"{name} {getattr(decoding, name)}" for name in wrong)
+        found = ", ".join(f"{name} {form[name]}" for name in wrong)
         given = " ".join(f"--{name} {_setting(value)}" for name, value in wrong.items())
         raise InputError(
             f"beta: found {decoding.beta:g} with {found}, expected guidance that folds into the LM head exactly: use "

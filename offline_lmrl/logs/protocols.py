@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from offline_lmrl.errors import InputError, require, shown
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.trajectory import Turn
 
 # The optional members of environments, sessions and scorers, with the value of each where an object lacks it.
@@ -188,5 +188,7 @@ def import_object(name: str, field: str) -> Any:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError, ValueError) as error:
         raise InputError(f"{field}: found {shown(name)}, which cannot be imported ({error}), {wanted}") from error
-    require(hasattr(module, attribute), f"{field}: found {shown(name)}, but {module} has no {attribute}, {wanted}")
-    return getattr(module, attribute)
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        raise InputError(f"{field}: found {shown(name)}, but {module} has no {attribute}, {wanted}") from error

@@ -1,15 +1,14 @@
 """Read YAML from users (settings files, scorers, command-line values) as plain values.
 
 jsonargparse parses the text, since unlike plain PyYAML it reads `1e-5` as a number. Before parsing, this module
-refuses text that would expand without end; after parsing, it refuses values that no setting can have. Importing this
-module makes jsonargparse use the same checks on the command line.
+refuses text that would expand without end; after parsing, it refuses values that no setting can have.
 """
 
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader
 
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.trajectory import MAX_NESTING
@@ -77,22 +76,6 @@ class NoEnd(yaml.YAMLError):
     """An error for YAML text with more values, or deeper nested ones, than settings can have."""
 
 
-def require_an_end(text: str) -> None:
-    """Check that a text, read as YAML, has no more and no deeper nested values than settings can have.
-
-    An alias counts as many values as it refers to, so an alias inside the value that it refers to has infinitely many.
-    This check is separate from `load_yaml`, because jsonargparse reads some texts without calling that.
-
-    Raises: NoEnd if the check fails.
-    """
-    try:
-        _count(text)
-    except NoEnd:
-        raise
-    except (yaml.YAMLError, ValueError):
-        return  # text that is not YAML or not UTF-8 gives no values
-
-
 def _count(text: str) -> None:
     """Count the values of a YAML text while it is scanned, without building them; raise NoEnd if there are too many.
 
@@ -123,13 +106,6 @@ def _count(text: str) -> None:
             raise NoEnd(f"more than {MAX_VALUES} values, or some nested deeper than {MAX_NESTING} levels")
 
 
-def too_large(value: Any) -> bool:
-    """True if plain values contain a whole number that does not fit into 64 bits."""
-    if isinstance(value, list | tuple | dict):
-        return any(map(too_large, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, int) and abs(value) >= MAX_WHOLE
-
-
 def _require_plain(value: Any) -> None:
     for inner in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
         _require_plain(inner)
@@ -138,12 +114,7 @@ def _require_plain(value: Any) -> None:
             raise yaml.YAMLError(f"the key {shown(name)}, expected text: put it in quotes")
     if not isinstance(value, list | dict | str | int | float | None):
         raise yaml.YAMLError(f"{shown(value)}, expected a mapping, a list, text or a number")
-    if isinstance(value, str):
-        require_an_end(value)
-        if "\0" in value:
-            raise yaml.YAMLError(f"{shown(value)}, expected text without NUL characters")
-    if too_large(value):
+    if isinstance(value, str) and "\0" in value:
+        raise yaml.YAMLError(f"{shown(value)}, expected text without NUL characters")
+    if isinstance(value, int) and abs(value) >= MAX_WHOLE:
         raise yaml.YAMLError(f"{shown(value)}, expected a number of at most 64 bits")
-
-
-set_loader("yaml", load_yaml, (yaml.YAMLError,))

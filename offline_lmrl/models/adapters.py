@@ -10,10 +10,11 @@ The module also reads and checks the run metadata: the settings that training st
 
 import json
 import os
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,6 +26,7 @@ from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from offline_lmrl.renamed import current
+from offline_lmrl.settings import build
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.windows import WindowRule
@@ -88,56 +90,88 @@ def check_run_metadata(name: str | Path, block: Any) -> None:
         if not isinstance(block.get(key, ""), str):
             raise InputError(f"{where}.{key}: found {shown(block[key])}, expected text")
     for key, stored in _STORED.items():
-        known, given = {field.name: field.default for field in fields(stored)}, block.get(key)
-        if given is None:
-            continue
-        if not isinstance(given, dict) or given.keys() - known.keys():
-            raise InputError(
-                f"{where}.{key}: found {shown(given)}, expected an object with no keys but {', '.join(known)}"
-            )
-        if key == "value_heads" and not {"kind", "heads"} <= given.keys():
-            raise InputError(f"{where}.{key}: found {shown(given)}, expected an object with the keys kind and heads")
-        for field, value in given.items():
-            kind = (int, float) if type(known[field]) is float else type(known[field])
-            # In Python, True and False are ints too: accept a bool only for a bool.
-            fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-            if known[field] is not None and not fits:
-                raise InputError(
-                    f"{where}.{key}.{field}: found {shown(value)}, expected a value such as {known[field]!r}"
-                )
+        given = block.get(key)
+        if not isinstance(given, dict | None) or (key == "value_heads" and given and {"kind", "heads"} - given.keys()):
+            keys = " with the keys kind and heads" if key == "value_heads" else ""
+            raise InputError(f"{where}.{key}: found {shown(given)}, expected an object{keys}")
         try:
-            stored(**given)
+            made = asdict(build(stored, given or {}))
         except InputError as error:
             raise InputError(f"{where}.{key}: {error}") from error
+        for field, value in (given or {}).items():
+            if made[field] != value:  # a number that was written as text
+                raise InputError(f"{where}.{key}.{field}: found {shown(value)}, expected {made[field]!r}")
 
 
 def read_run_metadata(folder: str | Path) -> dict[str, Any]:
-    """Read the run metadata that `save_heads` wrote into a LoRA folder.
+    """Read the run metadata that `save_heads` wrote into a LoRA folder; {} for an adapter made by another library.
 
-    Raises: InputError if they are missing or damaged.
+    Raises: InputError if they are damaged, or missing beside heads that they describe.
     """
     path = Path(folder) / METADATA_FILE
     if not path.exists():
-        raise InputError(f"model: {path}: not found, so this LoRA folder was not written by offline_lmrl")
+        for heads in (path.with_name(f"{part}.safetensors") for part in PARTS):
+            if heads.exists():
+                raise InputError(f"model: {path}: not found, but it describes {heads.name}, which is in the folder")
+        return {}
     with reading(path, "settings"):
         block = current(json.loads(path.read_text(encoding="utf-8")))
     check_run_metadata(folder, block)
     return block
 
 
-def saved_run_metadata(path_or_name: str | Path) -> dict[str, Any]:
-    """Read the run metadata of a model without loading weights; {} if it has none.
+class SavedModel(NamedTuple):
+    """What is known of a model without its weights.
 
-    Args:
-      path_or_name: a folder (LoRA or not) or hub name.
+    config: its config; None for a LoRA folder.
+    metadata: its run metadata, {} if there are none.
+    """
+
+    config: PreTrainedConfig | None
+    metadata: dict[str, Any]
+
+
+def saved_model(path_or_name: str | Path, trust_remote_code: bool = False) -> SavedModel:
+    """Read what is known of a model without its weights, from a folder (LoRA or not) or hub name.
+
     Raises: InputError if there is no model, if the run metadata are damaged, or if a LoRA folder has none.
     """
-    if (Path(path_or_name) / "adapter_config.json").exists():
-        return read_run_metadata(path_or_name)
+    if os.path.isfile(os.path.join(path_or_name, "adapter_config.json")):
+        return SavedModel(None, read_run_metadata(path_or_name))
     with reading_pretrained(path_or_name, "model"):
-        block = run_metadata(AutoConfig.from_pretrained(path_or_name))
-    check_run_metadata(path_or_name, block)
-    return block
+        config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=trust_remote_code)
+    check_run_metadata(path_or_name, run_metadata(config))
+    return SavedModel(config, run_metadata(config))
+
+
+def saved_run_metadata(path_or_name: str | Path) -> dict[str, Any]:
+    """Read the run metadata of a model as `saved_model` does; {} if it has none."""
+    return saved_model(path_or_name).metadata
+
+
+def adapter_base(folder: str | Path) -> str:
+    """Return the folder or hub name of the base model of a LoRA folder. Raises: InputError if it names none."""
+    peft = require_peft()
+    with reading_pretrained(folder, "model"):
+        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base:
+        raise InputError(f"model: {folder}/adapter_config.json names no base model, expected its folder or hub name")
+    return base
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, metadata: Mapping[str, Any]) -> nn.Module:
+    """Return a PeftModel with the adapter of a LoRA folder, which is trainable, around its base model.
+
+    Args:
+      model: the base model, which gets the run metadata.
+      folder: the LoRA folder.
+      metadata: its run metadata; {} for an adapter of another library, for which those of the base hold.
+    Raises: InputError if the folder is damaged.
+    """
+    if metadata:
+        model.config.offline_lmrl = metadata
+    with reading_pretrained(folder, "model"):
+        return require_peft().PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -150,7 +184,7 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
 
     Raises: InputError if peft wraps one of them, because `modules_to_save` names it.
     """
-    parts = {name: getattr(model, name) for name in PARTS if getattr(model, name, None) is not None}
+    parts = {name: part for name in PARTS if (part := part_of(model, name)) is not None}
     for name, part in parts.items():
         if not isinstance(part, ValueHeads | ReturnEmbedding | ReturnHeads):
             raise InputError(f"lora.modules_to_save: found {name}, which are always trained and saved; leave them out")

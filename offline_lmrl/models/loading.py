@@ -4,7 +4,6 @@ A guided model is a causal LM with the parts of models/guided.py. A LoRA folder 
 trained with it, and the name of its base model (models/adapters.py).
 """
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -20,17 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from offline_lmrl.errors import InputError, reading_pretrained, shown
-from offline_lmrl.models.adapters import (
-    PARTS,
-    check_run_metadata,
-    load_heads,
-    read_run_metadata,
-    require_peft,
-    run_metadata,
-    unfreeze_heads,
-)
+from offline_lmrl.models.adapters import PARTS, adapter_base, load_adapter, load_heads, saved_model, unfreeze_heads
 from offline_lmrl.models.guided import add_parts, add_value_heads, as_guided, guided_class, remove_heads
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from offline_lmrl.settings import nearest
 
 MOST_LAYERS = 10_000
 
@@ -49,7 +41,7 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
     fields = dict(spec)
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CAUSAL_LMS:
-        near = _nearest(str(model_type)[:100], CAUSAL_LMS)
+        near = nearest(str(model_type), CAUSAL_LMS)
         raise InputError(
             f"model.scratch.model_type: found {shown(model_type)}, expected a causal LM of transformers{near}"
         )
@@ -57,14 +49,17 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
     for name in fields:
         if name.startswith("_") or not hasattr(known, name) or callable(getattr(known, name)):
             raise InputError(
-                f"model.scratch.{shown(name)[1:-1]}: {model_type} has no such field"
-                f"{_nearest(name[:100], known.to_dict())}"
+                f"model.scratch.{shown(name)[1:-1]}: {model_type} has no such field{nearest(name, known.to_dict())}"
             )
-    sizes = {"vocab_size": len(tokenizer)}
-    sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     try:
         config = AutoConfig.for_model(model_type, **sizes | fields | extra)
-        _require_room(auto_class, config)
+        _require_memory(auto_class, config)
         return auto_class.from_config(config, dtype=torch.float32)
     except InputError:
         raise
@@ -79,7 +74,7 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
         ) from error
 
 
-def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
+def _require_memory(auto_class: type, config: PreTrainedConfig) -> None:
     """Check that the weights, in fp32, fit into this machine's RAM, before any are allocated.
 
     Raises: InputError if they do not, or if the model has more than MOST_LAYERS layers.
@@ -137,18 +132,17 @@ def load_model(
       missing, or if the heads on disk differ from `value_heads` in kind, number or utterance heads.
     """
     name = str(path_or_name)
-    if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
-    with reading_pretrained(name, "model"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    check_run_metadata(name, run_metadata(config))
-    _require_no_reward_model(name, run_metadata(config))
+    config, metadata = saved_model(name, trust_remote_code)
+    if "reward" in metadata:
+        raise InputError(f"model: {name}: found a reward model, expected a causal LM")
+    if config is None:
+        base = load_model(adapter_base(name), dtype=dtype, trust_remote_code=trust_remote_code)
+        return _with_adapter(name, metadata, base)
     with reading_pretrained(name, "model"):
         guided = guided_class(_causal_lm_class(config, trust_remote_code))
-    with reading_pretrained(name, "model"):
         model, info = guided.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     _require_token_ids(name, model)
-    stored = run_metadata(config).get("value_heads")
+    stored = metadata.get("value_heads")
     missing = [key for key in info["missing_keys"] if key.startswith(PARTS) and "target_q" not in key]
     if missing:
         part = missing[0].partition(".")[0].replace("_", " ")
@@ -169,7 +163,7 @@ def _require_token_ids(name: str, model: PreTrainedModel) -> None:
     """
     for source in (model.config, model.generation_config):
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            found = getattr(source, field, None)
+            found = source.to_dict().get(field)
             ids = found if isinstance(found, list) else [found]
             if not all(token is None or (isinstance(token, int) and not isinstance(token, bool)) for token in ids):
                 raise InputError(
@@ -190,24 +184,11 @@ def _causal_lm_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[
         return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
 
-def _require_no_reward_model(name: str | Path, block: Mapping[str, Any]) -> None:
-    if "reward" in block:
-        raise InputError(f"model: {name}: found a reward model, expected a causal LM")
-
-
-def _load_adapter(folder: Path, **options) -> nn.Module:
-    peft = require_peft()
-    with reading_pretrained(folder, "model"):
-        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if not base:
-        raise InputError(f"model: {folder}/adapter_config.json names no base model, expected its folder or hub name")
-    block = read_run_metadata(folder)
-    _require_no_reward_model(folder, block)
-    model = remove_heads(load_model(base, **options))  # those beside the adapter replace any heads of the base
-    add_parts(model, block)
-    model.config.offline_lmrl = block
-    with reading_pretrained(folder, "model"):
-        model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+def _with_adapter(folder: str, metadata: Mapping[str, Any], base: PreTrainedModel) -> nn.Module:
+    """Return a base model with the heads and the adapter of a LoRA folder, all of them trainable."""
+    remove_heads(base)  # those beside the adapter replace any heads of the base
+    add_parts(base, metadata)
+    model = load_adapter(base, folder, metadata)
     load_heads(model, folder)
     # peft has frozen all that it does not adapt, the heads too.
     unfreeze_heads(model)
@@ -229,8 +210,3 @@ def check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, A
                 f"value_heads.{field}: found {shown(asked[field])}, but {name} has heads with {stored[field]!r}; "
                 "set the same value, or start from a model without value heads"
             )
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; the nearest is {near[0]!r}" if near else ""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.distribution import reduce_q
 from offline_lmrl.errors import InputError
+from offline_lmrl.models.adapters import has_adapter
 from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.models.value_heads import QHead
 
@@ -140,7 +141,7 @@ def plain(model: nn.Module) -> PreTrainedModel:
 
     Returns: the model; for a PeftModel, the model inside it.
     """
-    if hasattr(model, "peft_config"):
+    if has_adapter(model):
         _untie(model)
         model = model.merge_and_unload()
     model = remove_heads(model)
@@ -153,9 +154,11 @@ def _untie(model: nn.Module) -> None:
 
     An adapter that is merged into a shared matrix would act on both.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if hasattr(head, "base_layer") or hasattr(embedding, "base_layer"):
-        bare = getattr(head, "base_layer", head)
+    if isinstance(head, BaseTunerLayer) or isinstance(embedding, BaseTunerLayer):
+        bare = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         bare.weight = nn.Parameter(bare.weight.detach().clone(), bare.weight.requires_grad)
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False

@@ -22,8 +22,8 @@ from offline_lmrl.tokens.templates import TemplateText
 
 def reply_ends(model: nn.Module) -> tuple[int, ...]:
     """Return the ids that end a reply of the model, from its generation config."""
-    generation = getattr(model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
+    generation = getattr(model, "generation_config", None)  # models that do not generate have none
+    ends = generation and generation.eos_token_id
     return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 

@@ -123,7 +123,7 @@ class ReturnHeads(nn.Module):
         Returns: (M,), nats.
         """
         total = self.returns.log_prob(opening, outcome["returns"])
-        return total + sum(getattr(self, name).log_prob(closing, outcome[name]) for name in HEADS[1:])
+        return total + sum(self.get_submodule(name).log_prob(closing, outcome[name]) for name in HEADS[1:])
 
     def expert(self, opening: Tensor, inverse_temperature: float) -> Tensor:
         """Return the mean of R_t under the distribution proportional to p(R_t|s) · exp(κ · R_t).
@@ -148,7 +148,7 @@ class ReturnHeads(nn.Module):
         Returns: (N,3): expected reward of the turn, expected return after it (both in scaled reward units), and
           probability that it ended the episode.
         """
-        return torch.stack([getattr(self, name).mean(closing) for name in HEADS[1:]], dim=-1)
+        return torch.stack([self.get_submodule(name).mean(closing) for name in HEADS[1:]], dim=-1)
 
 
 def outcomes(steps: Mapping[str, Any]) -> dict[str, Any]:

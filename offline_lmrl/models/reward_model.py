@@ -25,7 +25,6 @@ A batch has B rows of T tokens and M options, the replies that are compared (tok
 
 import functools
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +33,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
 from offline_lmrl.errors import InputError, reading_pretrained, shown
-from offline_lmrl.models.adapters import check_run_metadata, read_run_metadata, require_peft, run_metadata
+from offline_lmrl.models.adapters import (
+    SavedModel,
+    adapter_base,
+    load_adapter,
+    run_metadata,
+    saved_model,
+    without_adapter,
+)
 from offline_lmrl.models.loading import from_scratch
 from offline_lmrl.tokens.comparison_batching import ComparisonBatch
 from offline_lmrl.tokens.windows import WindowRule
@@ -86,10 +91,10 @@ def reward_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
     """Return the linear layer that gives one number per token. Raises: InputError if there is none."""
-    for name in HEAD_NAMES:
-        layer = getattr(model, name, None)
-        if hasattr(layer, "modules_to_save"):  # peft's wrapper around the copy that is trained
-            layer = layer.modules_to_save["default"]
+    layers = dict(without_adapter(model).named_children())
+    for layer in (layers[name] for name in HEAD_NAMES if name in layers):
+        # Of peft's wrapper, take the copy that is trained.
+        layer = dict(layer.named_children()).get("modules_to_save", {"default": layer})["default"]
         if isinstance(layer, nn.Linear) and layer.out_features == 1:
             return layer
     raise InputError(
@@ -155,7 +160,7 @@ def score_bias(model: nn.Module) -> float:
 
 def with_head_beside(peft_config: Any, model: PreTrainedModel) -> Any:
     """Return a copy of a peft config by which the model's head is trained and saved in full and gets no adapter."""
-    name = next(name for name in HEAD_NAMES if getattr(model, name, None) is head_of(model))
+    name = next(name for name, layer in model.named_children() if layer is head_of(model))
     saved = {*(peft_config.modules_to_save or ()), name}
     return replace(peft_config, modules_to_save=sorted(saved), exclude_modules=[name])
 
@@ -188,12 +193,13 @@ def load_reward_model(
     Raises: InputError if there is no such model, or if its head is of another kind than `head`.
     """
     name = str(path_or_name)
-    if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        return _load_adapter(Path(name), head, trust_remote_code)
-    with reading_pretrained(name, "model"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    check_run_metadata(name, run_metadata(config))
-    stored = _stored_head(config)
+    config, metadata = saved = saved_model(name, trust_remote_code)
+    stored = _stored_head(saved)
+    if config is None:
+        if stored is None or head not in (None, stored):
+            raise InputError(f"head: found {shown(head)}, but {name} has the head {stored!r}")
+        base = load_reward_model(adapter_base(name), stored, trust_remote_code=trust_remote_code)
+        return load_adapter(base, name, metadata)
     if (head or stored) is None:
         found = ", ".join(config.architectures or ["no architecture"])
         scorer = f"{{kind: value_heads, run: {name}}}"
@@ -222,27 +228,7 @@ def load_reward_model(
 
 def is_reward_model(path_or_name: str | Path) -> bool:
     """True if `load_reward_model` can load the folder or hub name without the argument `head`."""
-    name = str(path_or_name)
-    if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        return "reward" in read_run_metadata(name)
-    with reading_pretrained(name, "model"):
-        config = AutoConfig.from_pretrained(name)
-    check_run_metadata(name, run_metadata(config))
-    return _stored_head(config) is not None
-
-
-def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn.Module:
-    peft = require_peft()
-    block = read_run_metadata(folder)
-    stored = block.get("reward", {}).get("head")
-    if stored is None or head not in (None, stored):
-        raise InputError(f"head: found {shown(head)}, but {folder} has the head {stored!r}")
-    with reading_pretrained(folder, "model"):
-        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
-    model = load_reward_model(base, stored, trust_remote_code=trust_remote_code)
-    model.config.offline_lmrl = block
-    with reading_pretrained(folder, "model"):
-        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return _stored_head(saved_model(path_or_name)) is not None
 
 
 def rescale_head(model: PreTrainedModel, gain: float, bias: float) -> None:
@@ -265,9 +251,8 @@ def _with_read(model: PreTrainedModel, head: str) -> PreTrainedModel:
     return model
 
 
-def _stored_head(config: Any) -> str | None:
-    """Return the kind of head that a model with this config has; None if it is no reward model."""
-    stored = run_metadata(config).get("reward", {}).get("head")
-    if stored is None and any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-        return "terminal"
-    return stored
+def _stored_head(saved: SavedModel) -> str | None:
+    """Return the kind of head that a model has; None if it is no reward model."""
+    names = (saved.config and saved.config.architectures) or ()
+    default = "terminal" if any(name.endswith("ForSequenceClassification") for name in names) else None
+    return saved.metadata.get("reward", {}).get("head", default)

@@ -49,6 +49,6 @@ def _leaves(output: Tensor) -> Iterator[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):  # an AccumulateGrad node, which holds the leaf
+        if node.name() == "torch::autograd::AccumulateGrad":  # the node that holds a leaf
             yield node.variable
         waiting += [before for before, _ in node.next_functions]

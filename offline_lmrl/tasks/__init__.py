@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.protocols import Environment, VectorEnvironment, import_object, is_vector, optional
 from offline_lmrl.logs.trajectory import require_text
 from offline_lmrl.settings import Parameter, arguments, nearest, parameters_of
@@ -57,11 +57,11 @@ def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Calla
     """
     made = environment() if callable(environment) else environment
     task = optional(made, "task")
-    if task is None:
-        raise InputError(
-            f"environment: found {type(made).__name__}, which has no method task(seed), expected one with it: "
-            "demonstrations are chosen by the task of an episode"
-        )
+    require(
+        task is not None,
+        f"environment: found {type(made).__name__}, which has no method task(seed), expected one with it: "
+        "demonstrations are chosen by the task of an episode",
+    )
     return task
 
 

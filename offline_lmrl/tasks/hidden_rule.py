@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from offline_lmrl.environments.scripted import Play, Toy, scripted_episode
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
@@ -78,8 +78,7 @@ class HiddenRule(Toy):
 
     def demonstrations(self, per_rule: int, seed: int) -> list[Trajectory]:
         """Return `per_rule` episodes of each rule with all four answers right, sorted by rule, as the seeds are."""
-        if per_rule < 1:
-            raise InputError(f"per_rule: found {per_rule}, expected at least 1")
+        require(per_rule >= 1, f"per_rule: found {per_rule}, expected at least 1")
         rng = np.random.default_rng(seed)
         return [
             scripted_episode(

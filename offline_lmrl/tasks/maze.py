@@ -9,12 +9,13 @@ last turn (`context: 1`). A partial observation names only the walls; there, the
 texts.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from offline_lmrl.environments.scripted import distances_to
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import require, shown
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Turn
 
@@ -64,10 +65,11 @@ class Maze:
     """
 
     def __init__(self, observed: Literal["full", "partial"] = "full", start: Sequence[int] | None = None):
-        if observed not in ("full", "partial"):
-            raise InputError(f"observed: found {shown(observed)}, expected 'full' or 'partial'")
-        if start is not None and tuple(start) not in STARTS:
-            raise InputError(f"start: found {tuple(start)}, expected a free cell (row, column) other than the goal")
+        require(observed in ("full", "partial"), f"observed: found {shown(observed)}, expected 'full' or 'partial'")
+        require(
+            start is None or tuple(start) in STARTS,
+            f"start: found {shown(start)}, expected a free cell (row, column) other than the goal",
+        )
         self.observed = observed
         self.start = None if start is None else tuple(start)
 
@@ -119,45 +121,42 @@ def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = START
     player would now be there. Moves and observations are deterministic, so the number of steps that cost 1, summed
     over these starts, obeys
 
-        cost(b) = min_a [ weight of b that action a does not move to the goal + Σ_parts cost(part) ],
+        cost_n(b) = min_a [ weight of b that action a does not move to the goal + Σ_parts cost_{n−1}(part) ],
 
-    where the parts are the beliefs after a, one per observation. The equation is iterated from 0 to its fixed point.
-    With full observation every part is one cell, and this is breadth-first search.
+    where n steps are left and the parts are the beliefs after a, one per observation. With full observation every part
+    is one cell.
 
     Args:
       observed: "full" or "partial" observations.
       starts: the cells where episodes start, all equally likely.
     """
-    first = _split_by_observation(Counter(starts), lambda cell: observation(cell, observed))
-    choices: dict[Belief, list[tuple[int, list[Belief]]]] = {}
-    frontier = list(first)
-    for belief in frontier:  # the list grows during the loop
-        if belief in choices:
-            continue
-        choices[belief] = []
+
+    @functools.cache
+    def cost(belief: Belief, steps_left: int) -> int:
+        if not steps_left:
+            return 0
+        costs = []
         for action in MOVES:
             moved: Counter[Cell] = Counter()
             for cell, weight in belief:
                 moved[move(cell, action)] += weight
             del moved[GOAL]  # arriving is free and ends the episode
-            parts = _split_by_observation(moved, lambda cell: observation(cell, observed))
-            choices[belief].append((moved.total(), parts))
-            frontier.extend(parts)
-    cost, previous = dict.fromkeys(choices, 0), None
-    while cost != previous:
-        previous = cost
-        cost = {b: min(paid + sum(previous[p] for p in parts) for paid, parts in choices[b]) for b in choices}
-    return -sum(cost[belief] for belief in first) / len(starts)
+            costs.append(
+                moved.total() + sum(cost(part, steps_left - 1) for part in _split_by_observation(moved, observed))
+            )
+        return min(costs)
+
+    return -sum(cost(belief, MAX_STEPS) for belief in _split_by_observation(Counter(starts), observed)) / len(starts)
 
 
-def _split_by_observation(weights: Counter[Cell], observe: Callable[[Cell], Hashable]) -> list[Belief]:
+def _split_by_observation(weights: Counter[Cell], observed: Literal["full", "partial"]) -> list[Belief]:
     """Split weighted cells into beliefs, one for each observation: cells that look alike stay together.
 
     Args:
       weights: cell -> its weight.
-      observe: returns the observation in a cell.
+      observed: "full" or "partial" observations.
     """
-    parts: dict[Hashable, list[tuple[Cell, int]]] = {}
+    parts: dict[str, list[tuple[Cell, int]]] = {}
     for cell, weight in sorted(weights.items()):
-        parts.setdefault(observe(cell), []).append((cell, weight))
+        parts.setdefault(observation(cell, observed), []).append((cell, weight))
     return [tuple(part) for part in parts.values()]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.protocols import Policy, Reply, StepResult
 from offline_lmrl.logs.trajectory import Turn, parse_json, shown
 
@@ -107,8 +107,7 @@ def read_scenarios(path: str | Path) -> list[Scenario]:
         raise InputError(f"{path}: {error.strerror}, expected a JSON file of scenarios") from error
     except ValueError as error:
         raise InputError(f"{path}: found text that is not JSON ({error}), expected a list of scenarios") from error
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path}: found no scenario, expected a JSON list of them")
+    require(isinstance(entries, list) and len(entries) > 0, f"{path}: found no scenario, expected a JSON list of them")
     return [_scenario(entry, f"{path}:{number}") for number, entry in enumerate(entries, start=1)]
 
 
@@ -236,13 +235,13 @@ class Negotiation:
         max_turns: int = 20,
         partner_sampling: Mapping[str, Any] | None = None,
     ):
-        if first not in ("both", "agent", "partner"):
-            raise InputError(f"first: found {shown(first)}, expected 'both', 'agent' or 'partner'")
-        if max_turns < 2:
-            raise InputError(f"max_turns: found {max_turns}, expected at least 2")
+        require(
+            first in ("both", "agent", "partner"),
+            f"first: found {shown(first)}, expected 'both', 'agent' or 'partner'",
+        )
+        require(max_turns >= 2, f"max_turns: found {max_turns}, expected at least 2")
         self.scenarios = read_scenarios(scenarios) if isinstance(scenarios, str | Path) else list(scenarios)
-        if not self.scenarios:
-            raise InputError("scenarios: found none, expected at least one")
+        require(len(self.scenarios) > 0, "scenarios: found none, expected at least one")
         self.partner = partner
         self.partner_sampling = dict(partner_sampling or {})
         self.orders = ("agent", "partner") if first == "both" else (first,)

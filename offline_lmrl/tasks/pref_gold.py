@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from offline_lmrl.environments.scripted import Play, Toy
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Turn
@@ -91,11 +91,11 @@ class PrefGold(Toy):
           tie: neighbours in a ranking are tied if their gold rewards differ by at most this.
         Raises: InputError for settings out of range.
         """
-        if n < 1 or options < 2 or temperature <= 0 or not 0 <= flips <= 1 or tie < 0:
-            raise InputError(
-                f"comparisons: found n {n}, options {options}, temperature {temperature}, flips {flips}, tie {tie}, "
-                "expected n from 1, options from 2, temperature above 0, flips in [0, 1], tie from 0"
-            )
+        require(
+            n >= 1 and options >= 2 and temperature > 0 and 0 <= flips <= 1 and tie >= 0,
+            f"comparisons: found n {n}, options {options}, temperature {temperature}, flips {flips}, tie {tie}, "
+            "expected n from 1, options from 2, temperature above 0, flips in [0, 1], tie from 0",
+        )
         rng = np.random.default_rng(seed)
         return [self._compared(rng, options, temperature, flips, tie, f"pref_gold-{seed}-{i}") for i in range(n)]
 

@@ -34,7 +34,7 @@ from typing import Literal
 import numpy as np
 
 from offline_lmrl.environments.scripted import ScriptedPolicy
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Turn
 
@@ -73,8 +73,7 @@ def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
         ) from error
     usable = [word for word in found if len(word) == LETTERS and word.isascii() and word.isalpha()]
     words = tuple(sorted(set(usable)))
-    if len(words) < 2:
-        raise InputError(f"words: found {len(words)} words of five letters in {source}, expected at least 2")
+    require(len(words) >= 2, f"words: found {len(words)} words of five letters in {source}, expected at least 2")
     left_out = {"not five letters a-z": len(found) - len(usable), "repeated": len(usable) - len(words)}
     if counts is not None:
         counts.update({reason: n for reason, n in left_out.items() if n})
@@ -190,13 +189,16 @@ class Wordle:
         spelling: Literal["letters", "halves"] = "letters",
         secret: str | None = None,
     ):
-        if duplicates not in ("real", "simplified"):
-            raise InputError(f"duplicates: found {shown(duplicates)}, expected 'real' or 'simplified'")
-        if spelling not in SPELLINGS:
-            raise InputError(f"spelling: found {shown(spelling)}, expected 'letters' or 'halves'")
+        require(
+            duplicates in ("real", "simplified"),
+            f"duplicates: found {shown(duplicates)}, expected 'real' or 'simplified'",
+        )
+        require(spelling in SPELLINGS, f"spelling: found {shown(spelling)}, expected 'letters' or 'halves'")
         self.lexicon = lexicon(words, duplicates)
-        if secret is not None and secret not in self.lexicon.index:
-            raise InputError(f"secret: found {shown(secret)}, expected a word of the list {words}")
+        require(
+            secret is None or secret in self.lexicon.index,
+            f"secret: found {shown(secret)}, expected a word of the list {words}",
+        )
         self.pieces, self.fixed = SPELLINGS[spelling], secret
 
     def reset(self, seed: int) -> Sequence[Turn]:

@@ -9,10 +9,12 @@ input.
 """
 
 import bisect
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,12 @@ import numpy as np
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.windows import Ids
 
 KINDS = ("auto", "unique", "linear", "quantile")
 ASK_NAMES = re.compile(r"max|p(\d|[1-9]\d|100)")
 STATE_ASKS = re.compile(r"auto(:.+)?|expert:(\d+(\.\d+)?)")  # requests whose value depends on the state
 LABEL = "return_to_go"  # label with relabelled returns, one per agent turn, which replace the logged ones
-Ids = tuple[int, ...]
 
 
 def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> list[float]:
@@ -47,11 +49,19 @@ def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> lis
                 f"labels.{LABEL}: found {labelled}, expected one finite number for each of {len(rewards)} agent turns"
             )
         return [float(value) for value in labelled]
-    returns, following = [], 0.0
-    for reward in reversed(rewards):
-        following = reward + discount_per_turn * following
-        returns.append(following)
-    return returns[::-1]
+    return _returns_before(0.0, rewards, discount_per_turn)
+
+
+def _returns_before(last: float, rewards: Sequence[float | None], discount: float) -> list[float]:
+    """Return the return-to-go at each of some turns, R_k = r_k + γ · R_{k+1}.
+
+    Args:
+      last: the return-to-go at the turn after them.
+      rewards: the reward of each turn; None counts as 0.
+      discount: γ.
+    """
+    backwards = accumulate(reversed(rewards), lambda after, r: (r or 0.0) + discount * after, initial=last)
+    return list(backwards)[:0:-1]
 
 
 def check_ask(ask: float | str | None) -> None:
@@ -313,11 +323,7 @@ class ReturnScale:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        tables = {
-            task: {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(table).items()}
-            for task, table in self.tables.items()
-        }
-        return {"kind": self.kind, "per": self.per, "tables": tables}
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ReturnScale":
@@ -427,10 +433,7 @@ class ReturnTokens:
           value: the requested return at the next turn, in logged units.
           rewards: the reward of each past agent turn, in logged units; None counts as 0.
         """
-        returns = [value]
-        for reward in reversed(rewards):
-            returns.append((reward or 0.0) + self.discount_per_turn * returns[-1])
-        return returns[:0:-1]
+        return _returns_before(value, rewards, self.discount_per_turn)
 
     def remaining(self, asked: float, rewards: Sequence[float | None]) -> list[float]:
         """Return the requested return at each past agent turn and at the next one, R ← (R − r) / γ after every reward.
@@ -441,7 +444,4 @@ class ReturnTokens:
           asked: the requested return at the first turn, in logged units.
           rewards: the reward of each past agent turn, in logged units; None counts as 0.
         """
-        returns = [asked]
-        for reward in rewards:
-            returns.append((returns[-1] - (reward or 0.0)) / self.discount_per_turn)
-        return returns
+        return list(accumulate(rewards, lambda now, r: (now - (r or 0.0)) / self.discount_per_turn, initial=asked))

@@ -106,9 +106,7 @@ def draw_few_shot(
     Raises: InputError for a row without a task, and for a task with too few demonstrations.
     """
     pool = trajectories if demonstrations is None else demonstrations
-    of_task: dict[str, list[int]] = defaultdict(list)
-    for index, demonstration in enumerate(pool):
-        of_task[demonstration.task].append(index)
+    of_task = _rows_of_task(pool)
     excludes = demonstrations is None and spec.exclude_self
     for row, trajectory in enumerate(trajectories):
         if not trajectory.task:
@@ -145,18 +143,24 @@ def few_shot_of_task(
     Returns: a function from an episode's seed to `spec.n` different demonstrations of the episode's task, whole. It
       raises InputError for a task with too few demonstrations.
     """
-    of_task: dict[str, list[Trajectory]] = defaultdict(list)
-    for demonstration in demonstrations:
-        of_task[demonstration.task].append(demonstration)
+    of_task = _rows_of_task(demonstrations)
 
     def drawn(seed: int) -> list[Trajectory]:
         known = of_task.get(task(seed), [])
         if len(known) < spec.n:
             raise InputError(f"demonstrations: found {len(known)} of task {task(seed)!r}, expected at least {spec.n}")
         chosen = np.random.default_rng((spec.seed, seed)).choice(len(known), spec.n, replace=False)
-        return [known[place] for place in chosen]
+        return [demonstrations[known[place]] for place in chosen]
 
     return drawn
+
+
+def _rows_of_task(demonstrations: Sequence[Trajectory]) -> dict[str, list[int]]:
+    """Map each task to the indices of its demonstrations."""
+    of_task: dict[str, list[int]] = defaultdict(list)
+    for index, demonstration in enumerate(demonstrations):
+        of_task[demonstration.task].append(index)
+    return of_task
 
 
 def few_shot_ids(

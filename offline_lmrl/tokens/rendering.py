@@ -12,7 +12,6 @@ With `template: assembled`, tokens are only ever appended. `TemplateCheck` (temp
 differs from the stock template. The scheme is the version of these rules (SCHEME).
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -80,6 +79,9 @@ class EncodedTurn(NamedTuple):
         return self._replace(action_start=len(prefix) + self.action_start, **forms)
 
 
+_FIELD = {name: i for i, name in enumerate(EncodedTurn._fields)}
+
+
 class TurnEncoder:
     """An encoder of turns that have been printed as text.
 
@@ -106,13 +108,12 @@ class TurnEncoder:
         self._kept_controls = encoder.controls - {encoder.added[name] for name in THINK if name in encoder.added}
         # The text of an agent's closing before the token that closes the turn.
         self._before_close = encoder.decode(encoder.closing(text.live[1])[0][:-1])
-        self.form = functools.lru_cache(maxsize=1 << 12)(self._form)  # most forms of a turn are equal
 
     def opening(self, prompt: str | None) -> tuple[int, ...]:
         """Return the ids of a generation prompt; None = the usual one."""
         return self.agent_opening if prompt is None else self.encoder.template("x", prompt)
 
-    def _form(self, form: Form, role: str) -> tuple[int, ...]:
+    def form(self, form: Form, role: str) -> tuple[int, ...]:
         """Return the ids of one form of a turn of this role."""
         before = (self.text.closing["user"] if role == "assistant" else self.text.past[1]) or "x"
         ids: tuple[int, ...] = ()
@@ -134,12 +135,15 @@ class TurnEncoder:
         ids = self.form(text.ids, turn.role)
         if turn.role != "assistant":
             start = len(self.form(text.ids[:1], turn.role))
-            past, joined = self.form(text.past, turn.role), self.form(text.after_system, turn.role)
+            past, joined = (
+                ids if form is text.ids else self.form(form, turn.role) for form in (text.past, text.after_system)
+            )
             return EncodedTurn(ids, start, ids[start:], True, ids, past, joined)
         opening = self.opening(text.prompt)
         chosen, rest = self.encoder.closing(text.ids[-1][1])
         if turn.token_ids is None:
-            loop, past = (self.form(form, turn.role) for form in (text.loop, text.past))
+            loop = self.form(text.loop, turn.role)
+            past = loop if text.past is text.loop else self.form(text.past, turn.role)
             start = len(commonprefix([opening, ids]))
             body = ids[start : len(ids) - len(rest)]
             actions = body if chosen else (*body, self.encoder.close_id)
@@ -320,7 +324,7 @@ class Renderer:
             is in the form in which the dialogue continues.
         """
         window = in_window(turns, self.printer.speaks_as_user, first, stop, live)
-        return [encoded[i]._asdict()[form] for i, form in window]
+        return [encoded[i][_FIELD[form]] for i, form in window]
 
     def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
         """Return the text of a turn's sampled ids (`TurnEncoder.decode`)."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.files import read_object, reading
 from offline_lmrl.models.adapters import has_adapter, save_heads
 from offline_lmrl.models.renderers import training_renderer
@@ -88,11 +88,11 @@ class Learner:
         """
         parameters = list(self.trained.values())
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf))
-        if not math.isfinite(norm):
-            raise InputError(
-                f"loss: found a gradient of norm {norm} in iteration {self.scheduler.last_epoch + 1}, expected a "
-                "finite one; lower learning_rate"
-            )
+        require(
+            math.isfinite(norm),
+            f"loss: found a gradient of norm {norm} in iteration {self.scheduler.last_epoch + 1}, expected a "
+            "finite one; lower learning_rate",
+        )
         self.updates += 1
         self.optimizer.step()
         self.optimizer.zero_grad()

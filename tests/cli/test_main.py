@@ -25,7 +25,7 @@ from offline_lmrl.cli.parser import Command, ready
 from offline_lmrl.cli.play import read_prompts
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import MethodConfig
-from offline_lmrl.decoding.planner import PlannerConfig
+from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
@@ -185,7 +185,11 @@ def test_settings_that_cannot_be_trained_with_are_named_before_training(refused,
     ("file", "content", "said"),
     [
         ("config.json", {"offline_lmrl": 3}, "offline_lmrl: found 3, expected an object"),
-        ("config.json", {"offline_lmrl": {"window": {"context": 1, "strid": 2}}}, "offline_lmrl.window: found {"),
+        (
+            "config.json",
+            {"offline_lmrl": {"window": {"context": 1, "strid": 2}}},
+            "window: strid: found a setting that",
+        ),
         (
             "config.json",
             {"offline_lmrl": {"window": {"stride": "1"}}},

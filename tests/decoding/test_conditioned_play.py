@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from offline_lmrl.decoding import asks
 from offline_lmrl.decoding import policy as policies
+from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.decoding.distribution import reduce_q
-from offline_lmrl.decoding.planner import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, RequestValues, load_value_model
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.decoding.scorers import load_scorer

@@ -8,7 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.decoding import planner as planning
-from offline_lmrl.decoding.planner import Planner, PlannerConfig, PlannerSession, ValueModelScorer
+from offline_lmrl.decoding import policy as policies
+from offline_lmrl.decoding.config import PlannerConfig
+from offline_lmrl.decoding.planner import Planner, PlannerSession, ValueModelScorer
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
@@ -238,7 +240,7 @@ def test_planned_tokens_are_all_that_was_drawn():
 
 def test_settings_name_what_rates_the_plans(monkeypatch):
     critic, loaded = policy(), []
-    monkeypatch.setattr(planning, "load_value_model", lambda run, device: loaded.append((run, device)) or critic)
+    monkeypatch.setattr(policies, "load_value_model", lambda run, device: loaded.append((run, device)) or critic)
     made = PlannerConfig(3, 2, 1, "runs/ilql").planner(policy())
     assert (made.width, made.expand, made.depth, made.scorer.value_model.model) == (3, 2, 1, MODEL)
     assert PlannerConfig().planner(policy()).scorer is None and loaded == [("runs/ilql", MODEL.device)]

@@ -73,7 +73,7 @@ def test_a_run_loads_with_its_form_and_window(run):
 
 
 def test_a_wrong_override_names_the_setting(run):
-    with pytest.raises(InputError, match="'betta'; did you mean 'beta'"):
+    with pytest.raises(InputError, match="decoding.betta: found .*did you mean 'beta'"):
         LanguagePolicy.load(run, betta=3.0)
 
 

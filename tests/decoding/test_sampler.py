@@ -505,5 +505,5 @@ def test_settings_out_of_range_name_the_key(name, value):
 def test_settings_survive_a_dict_and_unknown_ones_name_the_nearest():
     config = DecodingConfig(beta=4.0, stop=("\n",), top_k=5)
     assert DecodingConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(InputError, match="'temprature'; did you mean 'temperature'"):
+    with pytest.raises(InputError, match="^decoding.temprature: found .*did you mean 'temperature'"):
         DecodingConfig.from_dict({"temprature": 1.0})

@@ -17,7 +17,7 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation import off_policy
-from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
+from offline_lmrl.evaluation.off_policy import FitConfig, fitted_q_evaluation, importance_sampling
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -83,13 +83,13 @@ def chance_of_b(policy, state):
 
 
 # Converged: at 500 steps and 3e-3 the fit was still moving, and whether it passed hung on the number of threads.
-FIT = {"steps": 1000, "fits": 1, "batch_size": 64, "learning_rate": 1e-3, "target_rate": 0.2}
+FIT = FitConfig(steps=1000, fits=1, batch_size=64, learning_rate=1e-3, target_rate=0.2)
 
 
 def test_fitted_q_reaches_the_value_of_the_policy_not_of_the_logs(policy):
     p0, p1 = chance_of_b(policy, S0), chance_of_b(policy, S1)
     # These say b with .5 and .25, which is worth .125.
-    found = fitted_q_evaluation(policy, numbered(([ENDS[0]] * 8 + [ENDS[1]] * 6 + [ENDS[2]] * 2) * 4), **FIT)
+    found = fitted_q_evaluation(policy, numbered(([ENDS[0]] * 8 + [ENDS[1]] * 6 + [ENDS[2]] * 2) * 4), FIT)
     assert found.value == pytest.approx(p0 * p1, abs=0.04) and p0 * p1 > 0.2
     assert found.td_error < 0.15
 
@@ -98,7 +98,7 @@ def test_fitted_q_goes_on_behind_a_cut(policy):
     p0, p1 = chance_of_b(policy, S0), chance_of_b(policy, S1)
     from_s1 = [Trajectory((S1[-1], Turn("assistant", said, reward=paid))) for said, paid in (("a", 0.0), ("b", 1.0))]
     logs = [Trajectory(S1, terminated=False)] * 4 + [ENDS[0]] * 4 + from_s1 * 2  # no episode from s0 earns anything
-    found = fitted_q_evaluation(policy, numbered(logs * 4), **FIT)
+    found = fitted_q_evaluation(policy, numbered(logs * 4), FIT)
     assert found.value == pytest.approx((8 * p0 * p1 + 4 * p1) / 12, abs=0.04)
 
 
@@ -106,7 +106,7 @@ def test_fits_are_drawn_anew_and_the_same_again(policy):
     logs = numbered([ENDS[0]] * 4 + [ENDS[2]] * 4)
     seen = []
     first, again = (
-        fitted_q_evaluation(policy, logs, 3, fits=2, batch_size=4, progress=lambda *n: seen.append(n))
+        fitted_q_evaluation(policy, logs, FitConfig(3, fits=2, batch_size=4), lambda *n: seen.append(n))
         for _ in range(2)
     )
     assert first == again and seen[:6] == [(i, 6) for i in range(1, 7)] and first.fits[0] != first.fits[1]

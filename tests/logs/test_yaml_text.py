@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-import jsonargparse
 import pytest
 import yaml
 
@@ -66,7 +65,6 @@ def test_plain_settings_are_read_as_they_are():
     text = "base: &base {rate: 1e-5, names: [a, null, true]}\nmine: {<<: *base, date: 2001-02-03, n: -3}"
     base = {"rate": 1e-5, "names": ["a", None, True]}
     assert load_yaml(text) == {"base": base, "mine": {**base, "date": "2001-02-03", "n": -3}}
-    assert jsonargparse.get_loader("yaml") is load_yaml  # what reads the command line
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"\xff: 1", "not UTF-8"), (b"[1]", "found .1., expected a mapping")])

@@ -258,7 +258,7 @@ def test_a_model_from_scratch_takes_its_sizes_from_the_tokenizer():
     [
         ({"model_type": "lama"}, "model.scratch.model_type: found 'lama', expected a causal LM"),
         ({"n_layer": 2}, "model.scratch.model_type: found None"),
-        ({"model_type": "gpt2", "n_layers": 2}, "model.scratch.n_layers: gpt2 has no such field; the nearest is 'n_l"),
+        ({"model_type": "gpt2", "n_layers": 2}, "model.scratch.n_layers: gpt2 has no such field; did you mean 'n_l"),
         ({"model_type": "gpt2", "n_embd": 16, "n_head": 3}, "model.scratch: "),
         ({"model_type": "t5"}, "model.scratch.model_type: found 't5', expected a causal LM"),
     ],
