@@ -71,7 +71,7 @@ from offline_lmrl.ops.preferences import (
     regression_loss,
 )
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
+from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons
 from offline_lmrl.training.config import BaseConfig, check_range
 from offline_lmrl.training.starting_model import check_model, check_template
 from offline_lmrl.training.trainer import BaseTrainer
@@ -286,7 +286,7 @@ class RewardModelTrainer(BaseTrainer):
         self.reference = encoded
         if args.reference is not None:
             replies = read_trajectories(args.reference)
-            self.reference = encode_scored(replies, self.renderer, args.window, Counter(), by_turn=args.by_turn)
+            self.reference = encode_comparisons(replies, self.renderer, args.window, Counter(), by_turn=args.by_turn)
         return model, encoded, held_out
 
     def _encode_training(self, rows: Rows) -> tuple[ComparisonDataset, ComparisonDataset | None]:
@@ -327,8 +327,7 @@ class RewardModelTrainer(BaseTrainer):
                     f"loss: found plackett_luce, but comparison {number} has {len(row.options)} "
                     "options without a ranking; expected rankings, or loss: best_of_k",
                 )
-        encode = encode_scored if scored else encode_comparisons
-        encoded = encode(rows, self.renderer, args.window, counts, args.processes, args.by_turn)
+        encoded = encode_comparisons(rows, self.renderer, args.window, counts, args.processes, args.by_turn)
         # The scale of weights does not change the loss.
         return replace(encoded, weight=encoded.weight / encoded.weight.mean())
 
