@@ -175,12 +175,13 @@ class QHead:
     """
 
     @_in_fp32
-    def forward(self, hidden: Tensor, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, matrix: Tensor | None, candidates: Tensor | None = None) -> Tensor:
         """Compute Q of all tokens, or of some.
 
         Args:
           hidden: hidden states, (N,d).
-          matrix: the weight of the LM head, (V,d).
+          matrix: the weight of the LM head, (V,d); heads that are not tied also take None, as in fitted Q evaluation,
+            which has no LM head.
           candidates: token ids (N,C), C per state; None = the whole vocabulary.
         Returns: (H,N,V) or (H,N,C), fp32.
         """
@@ -192,11 +193,11 @@ class QHead:
             bias = None if self.bias is None else _pick(self.bias, candidates)
         return (q if bias is None else q + bias) + self.offset(hidden).unsqueeze(-1)
 
-    def _looked_up(self, features: Tensor, matrix: Tensor, candidates: Tensor) -> Tensor:
+    def _looked_up(self, features: Tensor, matrix: Tensor | None, candidates: Tensor) -> Tensor:
         """Multiply features (H,N,K) by the rows of candidates (N,C), without a bias; return (H,N,C)."""
         if candidates.shape[1] == 1:
             return (features.unsqueeze(2) * self.rows(matrix, candidates)).sum(-1)
-        if candidates.numel() < matrix.shape[0]:
+        if matrix is not None and candidates.numel() < matrix.shape[0]:
             # Few states: only the rows of each are read. They fit into the processor's cache and are multiplied there.
             # Neighbouring candidates that are equal fill up the columns of a state (`next_token`).
             q = features.new_empty(len(features), *candidates.shape)
