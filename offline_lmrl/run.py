@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.files import differences, locked, read_object, reading, say_differences, sweep
 from offline_lmrl.logs.forms import reward_hint
@@ -82,15 +82,15 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "Allow code that is stored with the model to run.")
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.scratch is None):
-            raise InputError(
-                f"model: found path {self.path!r} and scratch {self.scratch!r}, expected exactly one of them"
-            )
-        if self.scratch is not None and self.lora is not None:
-            raise InputError(
-                "model.lora: found settings together with model.scratch, expected model.path: an adapter is saved "
-                "without its base model, which has to be in a folder or on the hub"
-            )
+        require(
+            (self.path is None) != (self.scratch is None),
+            f"model: found path {self.path!r} and scratch {self.scratch!r}, expected exactly one of them",
+        )
+        require(
+            self.scratch is None or self.lora is None,
+            "model.lora: found settings together with model.scratch, expected model.path: an adapter is saved "
+            "without its base model, which has to be in a folder or on the hub",
+        )
 
 
 @dataclass
@@ -115,11 +115,15 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.reward is not None and self.preference is not None:
-            raise InputError("data.reward: found a column together with data.preference, expected only one of them")
+        require(
+            self.reward is None or self.preference is None,
+            "data.reward: found a column together with data.preference, expected only one of them",
+        )
         for name in self.preference or {}:
-            if name not in PREFERENCE:
-                raise InputError(f"data.preference: found {shown(name)}, expected one of {', '.join(PREFERENCE)}")
+            require(
+                name in PREFERENCE,
+                f"data.preference: found {shown(name)}, expected one of {', '.join(PREFERENCE)}",
+            )
 
 
 def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
@@ -147,8 +151,10 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
     Raises: InputError if data cannot be read, or if an algorithm that learns from data has no data.train.
     """
     if data.train is None:
-        if not ALGORITHMS[algorithm].plays:
-            raise InputError("data.train: missing, expected a file, folder or hub name of the data to learn from")
+        require(
+            ALGORITHMS[algorithm].plays,
+            "data.train: missing, expected a file, folder or hub name of the data to learn from",
+        )
         return [], None
 
     def rows(source: str, counts: Counter[str]) -> Rows:
@@ -255,13 +261,15 @@ def open_environment(algorithm: str, environment: Mapping[str, Any] | None, play
     Raises: InputError if an environment is missing, or given to an algorithm that learns from data.
     """
     if not ALGORITHMS[algorithm].plays:
-        if environment is not None:
-            raise InputError(
-                f"environment: found {shown(environment)}, expected none, as {algorithm} learns from data"
-            )
+        require(
+            environment is None,
+            f"environment: found {shown(environment)}, expected none, as {algorithm} learns from data",
+        )
         return None
-    if "name" not in (environment or {}):
-        raise InputError(f"environment.name: missing, expected the environment that {algorithm} plays in")
+    require(
+        "name" in (environment or {}),
+        f"environment.name: missing, expected the environment that {algorithm} plays in",
+    )
     return make_environment(**environment, **players)
 
 
@@ -403,11 +411,11 @@ def train(
         world = open_environment(algorithm, environment, players or {})
         trainer = build_trainer(algorithm, model, rows, validation, args, world)
         checkpoint = None if there == "none" else trainer.last_checkpoint()
-        if there == "shorter" and checkpoint is None and (folder / COMPLETE).exists():
-            raise InputError(
-                f"{folder}: found no complete checkpoint, expected one from which to extend the run; take another "
-                "output_dir, with save_strategy: steps if that run is to be extended later"
-            )
+        require(
+            there != "shorter" or checkpoint is not None or not (folder / COMPLETE).exists(),
+            f"{folder}: found no complete checkpoint, expected one from which to extend the run; take another "
+            "output_dir, with save_strategy: steps if that run is to be extended later",
+        )
         trainer.accelerator.wait_for_everyone()  # all processes have read the folder before it changes
         if trainer.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)  # left by a shorter run that is now extended

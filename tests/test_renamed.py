@@ -8,7 +8,7 @@ import yaml
 
 from offline_lmrl.cli import main
 from offline_lmrl.cli.parser import Command
-from offline_lmrl.comparison.report import read_results
+from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.renamed import KEYS, MOVED, VALUES, current, evaluate_commands

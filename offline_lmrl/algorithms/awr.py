@@ -28,7 +28,7 @@ from torch import Tensor
 
 from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model
 from offline_lmrl.decoding.value_model import log_encoder
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.step_outputs import compute_step_outputs
 from offline_lmrl.ops.value_learning import awr_weight
@@ -55,8 +55,10 @@ class AWRConfig(OfflineConfig):
     weight_clip: float = setting(100.0, "c, the largest weight of a token [100].")
 
     def __post_init__(self) -> None:
-        if self.value_model is None:
-            raise InputError("value_model: missing, expected the folder or hub name of a run with value heads (ILQL)")
+        require(
+            self.value_model is not None,
+            "value_model: missing, expected the folder or hub name of a run with value heads (ILQL)",
+        )
         check_range(self, inverse_temperature=(0, 1e6), weight_clip=(1e-6, 1e6))
         super().__post_init__()
 
@@ -93,14 +95,16 @@ class AWRTrainer(OfflineTrainer):
     def encoding(self, model, train) -> Encoding:
         value_model = load_value_model(self.args.value_model, device=self.args.device)
         logged = log_encoder(value_model)
-        if logged.return_ids_for is not None:
-            raise InputError("value_model: found a model that is conditioned on returns, expected one that is not")
+        require(
+            logged.return_ids_for is None,
+            "value_model: found a model that is conditioned on returns, expected one that is not",
+        )
         self._check_same_windows(value_model)
-        if self.args.reward_scale not in (None, logged.scale.scale):
-            raise InputError(
-                f"reward_scale: found {self.args.reward_scale}, expected the value model's {logged.scale.scale:g}: "
-                "its Q and V are in that unit; leave it out"
-            )
+        require(
+            self.args.reward_scale in (None, logged.scale.scale),
+            f"reward_scale: found {self.args.reward_scale}, expected the value model's {logged.scale.scale:g}: "
+            "its Q and V are in that unit; leave it out",
+        )
         return Encoding(logged.scale, logged.step_rule, columns=partial(self._advantages, value_model.model))
 
     def _check_same_windows(self, value_model: LanguagePolicy) -> None:
@@ -112,13 +116,15 @@ class AWRTrainer(OfflineTrainer):
         windows, tokens = "both use the same windows", "both use the same tokens, in the same chat template"
         found = asdict(args.window) | {"few_shot": args.few_shot and asdict(args.few_shot)}
         for name, expected in (asdict(value_model.window) | {"few_shot": few_shot}).items():
-            if found[name] != expected:
-                raise InputError(f"{name}: found {found[name]}, expected the value model's {expected}: {windows}")
-        if self.renderer.fingerprint != value_model.renderer.fingerprint:
-            raise InputError(
-                f"tokenizer: found fingerprint {self.renderer.fingerprint}, expected the value model's "
-                f"{value_model.renderer.fingerprint}: {tokens}"
+            require(
+                found[name] == expected,
+                f"{name}: found {found[name]}, expected the value model's {expected}: {windows}",
             )
+        require(
+            self.renderer.fingerprint == value_model.renderer.fingerprint,
+            f"tokenizer: found fingerprint {self.renderer.fingerprint}, expected the value model's "
+            f"{value_model.renderer.fingerprint}: {tokens}",
+        )
 
     def _advantages(self, model: torch.nn.Module, windows: WindowDataset) -> dict[str, np.ndarray]:
         """Return "advantage", Q − V of the value model at each of the windows' N steps, (N,)."""

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.settings import setting
 from offline_lmrl.training.config import OfflineConfig
@@ -35,8 +35,7 @@ class BCConfig(OfflineConfig):
     per_group: bool = setting(False, "Take keep_share within each group instead of over all data.")
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_share <= 1:
-            raise InputError(f"keep_share: found {self.keep_share}, expected above 0 and at most 1")
+        require(0 < self.keep_share <= 1, f"keep_share: found {self.keep_share}, expected above 0 and at most 1")
         super().__post_init__()
 
 

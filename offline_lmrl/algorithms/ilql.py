@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from offline_lmrl.decoding.sampler import DecodingConfig
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import add_value_heads, return_tokens_of
@@ -232,17 +232,17 @@ class ILQLTrainer(OfflineTrainer):
         if model.value_heads is None or stored is None:
             return fitted
         found = RewardScale(**stored)
-        if self.args.reward_scale not in (None, found.scale):
-            raise InputError(
-                f"reward_scale: found {self.args.reward_scale}, expected {found.scale:g}, the scale of the model's "
-                "value heads; leave it out, or start from a model without value heads"
-            )
-        if found.shift != 0 and found.scored_turns != fitted.scored_turns:
-            raise InputError(
-                f"model: found value heads trained on rewards shifted by {found.shift:g}, expected no shift: it would "
-                f"change this task (a discount below 1, or episodes that do not all have {found.scored_turns} scored "
-                "turns); start from a model without value heads"
-            )
+        require(
+            self.args.reward_scale in (None, found.scale),
+            f"reward_scale: found {self.args.reward_scale}, expected {found.scale:g}, the scale of the model's "
+            "value heads; leave it out, or start from a model without value heads",
+        )
+        require(
+            found.shift == 0 or found.scored_turns == fitted.scored_turns,
+            f"model: found value heads trained on rewards shifted by {found.shift:g}, expected no shift: it would "
+            f"change this task (a discount below 1, or episodes that do not all have {found.scored_turns} scored "
+            "turns); start from a model without value heads",
+        )
         return found
 
     def prepare_model(self, model, windows):

@@ -39,7 +39,7 @@ import torch
 from offline_lmrl.decoding.policy import load_value_model
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.decoding.value_model import relabel
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import require, shown
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
@@ -122,15 +122,16 @@ class ReturnConditionedConfig(GuidedConfig):
             return_weight=(0, 1e6),
             environment_weight=(0, 1e6),
         )
-        if self.condition not in ("embedding", "text"):
-            raise InputError(f"condition: found {shown(self.condition)}, expected embedding or text")
-        if self.relabel not in ("max", "q"):
-            raise InputError(f"relabel: found {shown(self.relabel)}, expected max or q")
-        if self.return_weight > 0 and (self.condition == "text" or self.condition_dropout == 0):
-            raise InputError(
-                f"return_weight: found {self.return_weight}, expected 0: return heads learn from windows without a "
-                "requested return; to have these, set condition: embedding and condition_dropout above 0"
-            )
+        require(
+            self.condition in ("embedding", "text"),
+            f"condition: found {shown(self.condition)}, expected embedding or text",
+        )
+        require(self.relabel in ("max", "q"), f"relabel: found {shown(self.relabel)}, expected max or q")
+        require(
+            self.return_weight == 0 or (self.condition != "text" and self.condition_dropout != 0),
+            f"return_weight: found {self.return_weight}, expected 0: return heads learn from windows without a "
+            "requested return; to have these, set condition: embedding and condition_dropout above 0",
+        )
         super().__post_init__()
 
     @property
@@ -196,21 +197,22 @@ class ReturnConditionedTrainer(OfflineTrainer):
         if "returns" not in there:
             add_returns(model, self.returns)
         block = there.get("return_heads")
-        if block is not None and block["discount_per_turn"] != args.discount_per_turn:
-            raise InputError(
-                f"discount_per_turn: found {args.discount_per_turn:g}, expected "
-                f"{block['discount_per_turn']:g} as in the model's return heads"
-            )
-        if args.return_weight > 0 and self.returns["condition"] == "text":
-            raise InputError(
-                f"return_weight: found {args.return_weight:g}, expected 0, as the model reads returns as "
-                "text: no window is without a requested return, and return heads learn from such windows only"
-            )
-        if args.return_weight > 0 and not self.renderer.closing_stays:
-            raise InputError(
-                "return_weight: found a chat template that drops the token that closes a turn from the history, "
-                "expected one that keeps it, as return heads read there; set return_weight: 0, or template: plain"
-            )
+        discount = args.discount_per_turn if block is None else block["discount_per_turn"]
+        require(
+            discount == args.discount_per_turn,
+            f"discount_per_turn: found {args.discount_per_turn:g}, expected {discount:g} as in the model's "
+            "return heads",
+        )
+        require(
+            args.return_weight == 0 or self.returns["condition"] != "text",
+            f"return_weight: found {args.return_weight:g}, expected 0, as the model reads returns as "
+            "text: no window is without a requested return, and return heads learn from such windows only",
+        )
+        require(
+            args.return_weight == 0 or self.renderer.closing_stays,
+            "return_weight: found a chat template that drops the token that closes a turn from the history, "
+            "expected one that keeps it, as return heads read there; set return_weight: 0, or template: plain",
+        )
         if args.return_weight > 0 and block is None:
             closing = {name: windows.flat[name][0][windows.closing_steps] for name in Step._fields}
             add_return_heads(model, fit_heads(closing, args.bins, args.discount_per_turn))

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from offline_lmrl.decoding.probe import check_scores
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import (
     data_hash,
@@ -71,7 +71,7 @@ from offline_lmrl.ops.preferences import (
     regression_loss,
 )
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
+from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons
 from offline_lmrl.training.config import BaseConfig, check_range
 from offline_lmrl.training.starting_model import check_model, check_template
 from offline_lmrl.training.trainer import BaseTrainer
@@ -141,22 +141,26 @@ class RewardModelConfig(BaseConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.context is not None and self.head == "terminal":
-            raise InputError(
-                f"context: found {self.context} with head: terminal, which reads all turns of a reply at "
-                "once, expected null, or head: turn or token"
-            )
+        require(
+            self.context is None or self.head != "terminal",
+            f"context: found {self.context} with head: terminal, which reads all turns of a reply at "
+            "once, expected null, or head: turn or token",
+        )
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), processes=(1, 10**6))
         for name in ("error_rate", "margin"):
-            if self.loss != "pairs" and getattr(self, name) > 0:
-                raise InputError(
-                    f"{name}: found {getattr(self, name):g} with loss: {self.loss}, expected 0, as only "
-                    "loss: pairs uses it"
-                )
-        if self.reference is not None and self.normalise == "none":
-            raise InputError("reference: found a source with normalise: none, expected normalise: centre or standard")
-        if self.loss == "regression" and self.binarise:
-            raise InputError("binarise: found true with loss: regression, expected a loss for comparisons")
+            require(
+                self.loss == "pairs" or getattr(self, name) == 0,
+                f"{name}: found {getattr(self, name):g} with loss: {self.loss}, expected 0, as only "
+                "loss: pairs uses it",
+            )
+        require(
+            self.reference is None or self.normalise != "none",
+            "reference: found a source with normalise: none, expected normalise: centre or standard",
+        )
+        require(
+            self.loss != "regression" or not self.binarise,
+            "binarise: found true with loss: regression, expected a loss for comparisons",
+        )
         super().__post_init__()
 
     @property
@@ -171,11 +175,11 @@ class RewardModelConfig(BaseConfig):
     def read_rows(self, source: str | Path, counts: Counter[str] | None = None, reward: str | None = None) -> Rows:
         if not holds_comparisons(source):
             return read_trajectories(source, counts=counts, reward=reward)
-        if reward is not None:
-            raise InputError(
-                f"data.reward: found {shown(reward)} for the comparisons of {source}, expected none: "
-                "a comparison has no score of its own"
-            )
+        require(
+            reward is None,
+            f"data.reward: found {shown(reward)} for the comparisons of {source}, expected none: "
+            "a comparison has no score of its own",
+        )
         return store_comparisons(source, counts=counts, processes=self.processes)
 
     def new_model(self, spec, tokenizer):
@@ -283,7 +287,7 @@ class RewardModelTrainer(BaseTrainer):
         self.reference = encoded
         if args.reference is not None:
             replies = read_trajectories(args.reference)
-            self.reference = encode_scored(replies, self.renderer, args.window, Counter(), by_turn=args.by_turn)
+            self.reference = encode_comparisons(replies, self.renderer, args.window, Counter(), by_turn=args.by_turn)
         return model, encoded, held_out
 
     def _encode_training(self, rows: Rows) -> tuple[ComparisonDataset, ComparisonDataset | None]:
@@ -319,13 +323,12 @@ class RewardModelTrainer(BaseTrainer):
         rows = store(binarised(rows)) if args.binarise else rows
         if args.loss == "plackett_luce":
             for number, row in enumerate(rows, 1):
-                if row.ranking is None and len(row.options) > 2:
-                    raise InputError(
-                        f"loss: found plackett_luce, but comparison {number} has {len(row.options)} "
-                        "options without a ranking; expected rankings, or loss: best_of_k"
-                    )
-        encode = encode_scored if scored else encode_comparisons
-        encoded = encode(rows, self.renderer, args.window, counts, args.processes, args.by_turn)
+                require(
+                    row.ranking is not None or len(row.options) <= 2,
+                    f"loss: found plackett_luce, but comparison {number} has {len(row.options)} "
+                    "options without a ranking; expected rankings, or loss: best_of_k",
+                )
+        encoded = encode_comparisons(rows, self.renderer, args.window, counts, args.processes, args.by_turn)
         # The scale of weights does not change the loss.
         return replace(encoded, weight=encoded.weight / encoded.weight.mean())
 
@@ -342,8 +345,7 @@ class RewardModelTrainer(BaseTrainer):
         Raises: InputError if the training ratings do not differ.
         """
         self.rating = mean, spread = float(train.target.mean()), float(train.target.std())
-        if not spread > 0:
-            raise InputError(f"loss: found regression on ratings that are all {mean:g}, expected several")
+        require(spread > 0, f"loss: found regression on ratings that are all {mean:g}, expected several")
         return [data and replace(data, target=(data.target - mean) / spread) for data in (train, *others)]
 
     def outputs(self, model, batch):

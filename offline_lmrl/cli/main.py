@@ -40,6 +40,7 @@ COMMANDS = {
     "generate": Entry("play:generate", "reply to prompts with a trained run; --chat for a dialogue", ("run",)),
     "export": Entry("play:export", "write a run as a plain checkpoint that inference engines can serve", ("run",)),
     "compare": Entry("train:compare", "train and evaluate methods over several seeds; write a report"),
+    "report": Entry("train:report", "draw the runs of one or several folders in one report", ("folders",)),
     "relabel": Entry("score:relabel", "score logs with a reward model, rules, or a mix of scorers", ("data",)),
     "select": Entry("score:select", "write the pairs on which an ensemble disagrees most, to label next", ("data",)),
     "config": Entry("data:config", "list the shipped configs or print one", ("name",)),

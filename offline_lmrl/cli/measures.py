@@ -41,8 +41,9 @@ class PlayConfig(OpenedRun):
     batch_size: int = setting(1024, "Number of episodes played in parallel.")
     output: Path | None = setting(
         None,
-        "File for the played episodes, which can be trained on. With asks, a JSON Lines file for the results of each "
-        "requested return. null = no file.",
+        "File (.jsonl, .jsonl.gz, .parquet) for the played episodes, which can be trained on; or a folder of results "
+        "for `report`, to which those of this run are added. With asks, a JSON Lines file for the results of each "
+        "requested return. null = no output.",
     )
     asks: tuple[float | str, ...] | None = setting(
         None,
@@ -117,8 +118,15 @@ def evaluate_play(config: PlayConfig) -> None:
     if config.asks is not None:
         _report_asks(points, config)
         return
-    if config.output is not None:
+    if config.output is not None and config.output.suffix:
         write_trajectories(config.output, result.trajectories)
+    elif config.output is not None:
+        from offline_lmrl.comparison.config import EvaluationConfig
+        from offline_lmrl.comparison.gather import save_evaluation
+
+        where = {"name": config.environment, **config.settings}
+        made = EvaluationConfig(config.episodes, config.seed, config.repeats, cluster=config.cluster)
+        save_evaluation(config.output, config.run, player, where, made, result)
     summary = result.summary()
     labels = summary.pop("labels")
     print(f"score: {result.score()}")

@@ -1,4 +1,4 @@
-"""Commands that learn: train, compare."""
+"""Commands that learn, and the report on what was learnt: train, compare, report."""
 
 import argparse
 import sys
@@ -144,7 +144,7 @@ def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | N
 def compare(argv: Sequence[str]) -> None:
     """Run the command `compare FILE.yaml`, which trains and measures methods over seeds and writes a report.
 
-    `compare FOLDER` only writes the report, from the results in that folder.
+    `compare FOLDER` only writes the report, as `report FOLDER` does.
 
     Args:
       argv: the command line after `compare`.
@@ -153,12 +153,7 @@ def compare(argv: Sequence[str]) -> None:
     if file is not None and Path(file).is_dir():
         if rest:
             raise InputError(f"{rest[0]}: found a setting, expected none: {file} is a folder of results")
-
-        from offline_lmrl.comparison.page import write_report
-        from offline_lmrl.logs.files import locked
-
-        with locked(file):
-            print(write_report(file) / "report.html")
+        report([file])
         return
 
     from offline_lmrl.comparison.config import CompareConfig
@@ -172,3 +167,28 @@ def compare(argv: Sequence[str]) -> None:
     from offline_lmrl.comparison.compare import run_compare
 
     print(run_compare(config, prepare=prepare_from_settings))
+
+
+def report(folders: Sequence[str], output: Path | None = None, baseline: str | None = None) -> None:
+    """Draw the report of a comparison again, or one of all runs in several folders, and print the table.
+
+    A folder is that of a comparison, of `evaluate play --output FOLDER`, or of an earlier report. Runs that did not
+    play the same episodes with equally long replies are refused.
+
+    Args:
+      folders: folders with a results.jsonl.
+      output: folder in which the report is written; null = the subfolder report/ of a single folder.
+      baseline: method that the paired differences are taken against; null = that of the first folder.
+    """
+    if len(folders) > 1 and output is None:
+        raise InputError(f"output: missing, expected the folder for a report of {len(folders)} folders")
+
+    from offline_lmrl.comparison.compare import print_table
+    from offline_lmrl.comparison.page import write_report
+    from offline_lmrl.comparison.rows import read_results
+    from offline_lmrl.logs.files import locked
+
+    with locked(folders[0] if output is None else output):
+        written = write_report(*folders, output=output, baseline=baseline)
+        print_table(read_results(written / "results.jsonl"))
+        print(written / "report.html")

@@ -18,8 +18,9 @@ from rich.console import Console
 
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.page import write_report
-from offline_lmrl.comparison.report import Row, table, terminal_table
+from offline_lmrl.comparison.report import table, terminal_table
 from offline_lmrl.comparison.resolve import resolve
+from offline_lmrl.comparison.rows import Row
 from offline_lmrl.comparison.schedule import Schedule
 from offline_lmrl.comparison.storage import Storage
 from offline_lmrl.errors import Stopped

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offline_lmrl.comparison.figures import Drawing
-from offline_lmrl.comparison.report import FEW_SEEDS, Key, Line, Results, Row, table_lines
+from offline_lmrl.comparison.report import FEW_SEEDS, Key, Line, Results, table_lines
+from offline_lmrl.comparison.rows import Row
 from offline_lmrl.evaluation.metrics import Estimate
 
 COSTS = (

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from offline_lmrl.comparison.report import Key, Results, Row, short
+from offline_lmrl.comparison.report import Key, Results, mean_of, short
+from offline_lmrl.comparison.rows import Row
 from offline_lmrl.evaluation.metrics import Estimate
 
 Axes = Figure = Any  # matplotlib's classes; it is imported only when something is drawn
@@ -231,7 +232,7 @@ def return_against_kl(results: Results) -> tuple[Figure, str]:
                 ends = [Estimate.stored(entry["score"], entry["interval"], 0) for entry in tried]
                 axes.errorbar(*_track(tried), yerr=_ends(ends), elinewidth=0.6, marker=".", **thin)
             axes.plot(*_track(run.get("curve") or ()), **thin)
-        _mark(axes, results, key, _root(_mean(run["kl"] for run in runs)))
+        _mark(axes, results, key, _root(mean_of(run["kl"] for run in runs)))
     _legend(figure, results, keys)
     return figure, (
         "Large markers: the reported settings with their 95% intervals. The KL is that of the decoded distribution "
@@ -252,25 +253,22 @@ def _root(kl: float | None) -> float:
     return math.sqrt(kl) if kl > NO_KL else 0.0
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def _against(results: Results, label: str, cost: Callable[[Row], float], axes: Axes, figure: Figure) -> None:
+def _against(results: Results, label: str, cost: Callable[[Row], float | None], axes: Axes) -> None:
     """Draw one marker per key: mean score against mean cost, both over its training seeds; add the legend.
 
     Args:
+      results: the rows.
       label: name of the cost, for the x axis.
-      cost: function from a run (a row of results.jsonl) to its cost.
+      cost: function from a run (a row of results.jsonl) to its cost; None = unknown, and its key is left out.
       axes: axes to draw on.
-      figure: figure of these axes, which gets the legend.
     """
     _level(axes, results, axes.axhline)
-    for key, runs in results.groups.items():
-        _mark(axes, results, key, _mean(map(cost, runs)))
+    costs = {key: [cost(run) for run in runs] for key, runs in results.groups.items()}
+    known = {key: mean_of(numbers) for key, numbers in costs.items() if None not in numbers}
+    for key, x in known.items():
+        _mark(axes, results, key, x)
     axes.set(xlabel=label, ylabel="score")
-    _legend(figure, results, results.groups)
+    _legend(axes.figure, results, known)
 
 
 def _count_scale(axes: Axes, zero: float | None = None) -> None:
@@ -297,9 +295,9 @@ def _count_scale(axes: Axes, zero: float | None = None) -> None:
 
 def return_against_training(results: Results) -> tuple[Figure, str]:
     figure, axes = _axes()
-    if not any(run["cost"]["training_tokens"] for run in results.of("run")):
+    if not any(run["cost"].get("training_tokens") for run in results.of("run")):
         raise Missing("no method has training tokens")
-    _against(results, "training tokens", lambda run: run["cost"]["training_tokens"], axes, figure)
+    _against(results, "training tokens", lambda run: run["cost"].get("training_tokens"), axes)
     _count_scale(axes)
     return figure, f"A token counts each time it is read, also in runs that a method starts or learns from. {LEVELS}"
 
@@ -315,7 +313,7 @@ def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
     curves = [(run, row) for run in results.of("run") for row in run.get("curve") or () if row[name] > 0]
     least = min([least, *(row[name] for _, row in curves)])
     nowhere = least / 4  # x position of runs with a count of 0, because a logarithmic axis has no 0
-    _against(results, name.replace("_", " "), lambda run: run["cost"].get(name, 0) or nowhere, axes, figure)
+    _against(results, name.replace("_", " "), lambda run: run["cost"].get(name, 0) or nowhere, axes)
     for run in results.of("run"):
         points = [row for row in run.get("curve") or () if row[name] > 0]
         thin = {"color": colours(results)[run["method"]], "linewidth": 0.9, "alpha": 0.6}
@@ -335,7 +333,7 @@ def return_against_decoding(results: Results) -> tuple[Figure, str]:
     figure, axes = _axes()
     if not results.groups:
         raise Missing("no method has been measured yet")
-    _against(results, "generated tokens per answer", _tokens_per_answer, axes, figure)
+    _against(results, "generated tokens per answer", _tokens_per_answer, axes)
     if any("planned_tokens" in run["labels"] for run in results.of("run")):
         _count_scale(axes)
     return figure, f"All sampled tokens count, also those that a planner imagines. {LEVELS}"
@@ -350,7 +348,7 @@ def achieved_against_asked(results: Results) -> tuple[Figure, str]:
     if not keys:
         raise Missing("no method here has a requested return; `evaluate play --asks` draws the curve of a single run")
     figure, axes = _axes(xlabel="requested return", ylabel="achieved return")
-    asked = [_mean(run["labels"]["ask"] for run in results.groups[key]) for key in keys]
+    asked = [mean_of(run["labels"]["ask"] for run in results.groups[key]) for key in keys]
     axes.axline((asked[0], asked[0]), slope=1, color="#8a9199", linestyle=":", linewidth=1.2)
     for x, key in zip(asked, keys, strict=True):
         _mark(axes, results, key, x)
@@ -423,6 +421,6 @@ FIGURES: dict[str, tuple[str, Callable[[Results], tuple[Figure, str]]]] = {
 NEVER = {
     "Proxy and gold score against √KL": "a comparison has one score and no reward models of several sizes",
     "Data quality × method": "a comparison has one data set",
-    "Accuracy and calibration of a reward model": "no row has them; `evaluate REWARD_MODEL --data PAIRS` prints them",
+    "Accuracy and calibration of a reward model": "no row has them; `evaluate scorer` prints them",
     "Accuracy against coverage": "methods of a comparison cannot abstain",
 }

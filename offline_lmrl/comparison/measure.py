@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offline_lmrl.comparison.config import EvaluationConfig
+from offline_lmrl.comparison.rows import Row
 from offline_lmrl.comparison.runs import PLANNED, Entry
 from offline_lmrl.decoding.planner import Planner
 from offline_lmrl.decoding.policy import LanguagePolicy
@@ -36,8 +37,6 @@ CURVE_POINTS = 50
 TEMPERATURES = {"sampled": {}, "greedy": {"temperature": 0.0}}
 PLAYED = {"environment_steps": "environment_steps", "reward_queries": "reward_queries"}
 PLAYED["generated_tokens"] = "played_tokens"  # cost in a report of training -> its name in a row
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ class Measurement:
         return f"{self.entry.method} seed {self.entry.seeds[0]} {decode}"
 
 
-def result_row(output: Path, evaluation: EvaluationConfig, entry: Entry, played: Played) -> Row:
+def result_row(output: Path, evaluation: EvaluationConfig, entry: Entry, played: Played) -> dict[str, Any]:
     """Return the row of results of an entry in one setting, and write its files in episodes/ and samples/.
 
     Args:
@@ -283,9 +282,13 @@ def entry_cost(entry: Entry, decode: str) -> dict[str, float]:
     if run.cost is None:
         cost = training_cost(run.folder, *measured)
     else:
-        played = {title: count for name, title in PLAYED.items() if (count := asdict(run.cost).get(name))}
-        cost = {"training_tokens": sum(runs_before(*measured).values()), **played}
-    cost["training_tokens"] += sum(other.cost.training_tokens for other in used.values() if other.cost is not None)
+        declared = {title: asdict(run.cost).get(name) for name, title in PLAYED.items()}
+        cost = {title: count for title, count in declared.items() if count is not None}
+        if run.cost.training_tokens is None:
+            return cost
+        cost["training_tokens"] = sum(runs_before(*measured).values())
+    declared_tokens = [other.cost.training_tokens for other in used.values() if other.cost is not None]
+    cost["training_tokens"] += sum(filter(None, declared_tokens))
     return cost
 
 

@@ -58,9 +58,11 @@ class CollectConfig:
 class CostConfig:
     """The cost of training a model that was made elsewhere, as its maker declares it; tables mark it as declared."""
 
-    training_tokens: int = setting(0, "Tokens that training read, each counted as often as it was read.")
-    generated_tokens: int = setting(0, "Tokens that were sampled to train it.")
-    reward_queries: int = setting(0, "Replies that were scored to train it.")
+    training_tokens: int | None = setting(
+        None, "Tokens that training read, each counted as often as it was read; null = unknown."
+    )
+    generated_tokens: int | None = setting(None, "Tokens that were sampled to train it; null = none or unknown.")
+    reward_queries: int | None = setting(None, "Replies that were scored to train it; null = none or unknown.")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The report of a comparison: one page as Markdown and as HTML, its figures, and a manifest of its origin.
+"""The report of results: one page as Markdown and as HTML, its figures, and a manifest of its origin.
 
 Everything is made from the rows of results.jsonl, which is copied into the report; the same rows give the same bytes.
 contents.py computes the values that the page shows, and templates/page.j2 holds its text; report.md.j2 and
@@ -10,14 +10,16 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from offline_lmrl.comparison.contents import page_contents
 from offline_lmrl.comparison.figures import INK, PAPER, Drawing, draw
-from offline_lmrl.comparison.provenance import manifest, refuse_mixed
-from offline_lmrl.comparison.report import Line, Results, columns_of, markdown, read_results
-from offline_lmrl.errors import InputError
+from offline_lmrl.comparison.gather import gather, refuse_mixed
+from offline_lmrl.comparison.provenance import manifest
+from offline_lmrl.comparison.report import Line, Results, columns_of, markdown
+from offline_lmrl.comparison.rows import as_lines, read_results
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.terminal import visible
 
@@ -27,34 +29,37 @@ NO_FIGURES = {
 }
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write the report of a comparison from results.jsonl.
+def write_report(
+    folder: str | Path, *more: str | Path, output: Path | None = None, baseline: str | None = None
+) -> Path:
+    """Write the report of a comparison, or of the results in several folders, from their results.jsonl.
 
     The report consists of report.md, report.html (with all figures inside), figures/ (SVG and PNG; none without
     matplotlib), manifest.json (config, data hashes, seeds, and the code, machine and command that made the rows) and
     a copy of results.jsonl.
 
     Args:
-      folder: folder of a comparison, in which the subfolder report/ is written; or the folder of an existing report,
-        which is written again from its copy of the rows.
+      folder: folder of a comparison or of `evaluate play`, or of an existing report, which has a copy of its rows.
+      more: further such folders, whose runs are shown beside the others.
+      output: folder in which the report is written; None = the subfolder report/ of `folder`, or `folder` itself if
+        it is a report.
+      baseline: method that differences are taken against; None = that of the (first) comparison.
     Returns: the report's folder.
     Raises: InputError if there is no results.jsonl, or if its rows, or those of an existing report, belong to
-      different comparisons.
+      different comparisons, or if rows cannot be compared.
     """
-    folder = Path(folder)
-    source = folder / "results.jsonl"
-    if not source.is_file():
-        raise InputError(f"{source}: found no such file, expected the results of a comparison")
-    report = folder if (folder / "manifest.json").exists() else folder / "report"
-    rows = read_results(source)
-    earlier = report / source.name
-    refuse_mixed([*rows, *(read_results(earlier) if earlier != source and earlier.exists() else ())], source)
+    rows = gather([folder, *more], baseline)
+    within = Path(folder) if (Path(folder) / "manifest.json").exists() else Path(folder) / "report"
+    report = within if output is None else output
+    earlier = report / "results.jsonl"
+    if output is None and report != Path(folder) and earlier.exists():
+        refuse_mixed([*rows, *read_results(earlier)], Path(folder) / "results.jsonl")
     results = Results(rows)
     try:
         drawings, missing = draw(results)
     except ModuleNotFoundError:
         drawings, missing = [], NO_FIGURES
-    files: dict[str, str | bytes] = {"results.jsonl": source.read_bytes()}
+    files: dict[str, str | bytes] = {"results.jsonl": as_lines(rows).encode()}
     for drawing in drawings:
         files |= {f"figures/{drawing.name}.svg": drawing.svg, f"figures/{drawing.name}.png": drawing.png}
     origin = manifest(results, files["results.jsonl"])
@@ -86,7 +91,8 @@ def render(name: str, values: Mapping[str, Any]) -> str:
     environment.filters["columns"] = columns_of
     for filter_ in (one_line, quoted, markdown_table, code, inline_svg):
         environment.filters[filter_.__name__] = lambda value, finished=filter_: Markup(finished(value))
-    text = environment.get_template(f"{name}.j2").render(values)
+    css = Markup(resources.files(__package__).joinpath("templates", "report.css").read_text(encoding="utf-8"))
+    text = environment.get_template(f"{name}.j2").render(values, css=css)
     if name == "report.html":
         return text
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"  # macros of several lines leave more blank lines than one

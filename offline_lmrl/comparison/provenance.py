@@ -7,16 +7,13 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from offline_lmrl import __version__
-from offline_lmrl.comparison.report import Results, Row
-from offline_lmrl.errors import InputError
-from offline_lmrl.logs.files import say_differences
+from offline_lmrl.comparison.report import Results
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
@@ -65,33 +62,6 @@ def _git(folder: Path, *command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
-    """Check that all rows of kind "run" can belong to one comparison.
-
-    They must agree in environment, data, partner and evaluation; and those of one method and way of decoding must have
-    equal configs.
-
-    Args:
-      rows: rows of results, of any kind.
-      source: path of their file, for the error message.
-    Raises: InputError that names the settings which differ.
-    """
-    shared: dict[str, Any] | None = None
-    own: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        if row["kind"] != "run":
-            continue
-        every = {name: row["config"][name] for name in ("environment", "data", "partner", "evaluation")}
-        shared = shared or every
-        mine = own.setdefault((row["method"], row["decode"]), row["config"])
-        difference = say_differences(every, shared) or say_differences(row["config"], mine)
-        if difference:
-            raise InputError(
-                f"{source}: {row['method']}: {difference}; the folder holds results or a report "
-                "of another comparison: move them away"
-            )
-
-
 def manifest(results: Results, source: bytes) -> dict[str, Any]:
     """Return the origin of the rows, the contents of manifest.json.
 
@@ -99,10 +69,12 @@ def manifest(results: Results, source: bytes) -> dict[str, Any]:
       results: the rows.
       source: bytes of results.jsonl, whose sha256 is stored.
     Returns: `results`, the sha256 and number of all rows; `config` of the comparison; `data`, hashes of training and
-      validation data (None without runs); `seeds`, the training seeds; and `made`, a list of commands with commit,
-      machine and library versions, and the number of rows that each made.
+      validation data (None without runs), by method if they differ; `seeds`, the training seeds; and
+      `made`, a list of commands with commit, machine and library versions, and the number of rows that each made.
     """
     runs = results.of("run")
+    data = {run["method"]: run["config"]["data"] for run in runs}
+    same = all(hashes == runs[0]["config"]["data"] for hashes in data.values())
     made: dict[str, dict[str, Any]] = {}
     for run in runs:
         if "made" in run:  # rows of the first versions do not have it
@@ -111,7 +83,7 @@ def manifest(results: Results, source: bytes) -> dict[str, Any]:
     return {
         "results": {"sha256": hashlib.sha256(source).hexdigest(), "rows": len(results.rows)},
         "config": results.shown["config"],
-        "data": runs[0]["config"]["data"] if runs else None,
+        "data": (runs[0]["config"]["data"] if runs else None) if same else data,
         "seeds": sorted({run["seed"] for run in runs}),
         "made": list(made.values()),
     }

@@ -1,94 +1,48 @@
-"""The tables of a comparison, made from the rows of results.jsonl alone.
+"""The tables of results, made from their rows alone (rows.py)."""
 
-A row is one line of results.jsonl. Its `kind` is one of:
-
-    comparison    the config, and the baseline and label columns that tables show
-    behaviour     the training data
-    optimum       the best possible mean score, if the environment knows it
-    published     a result that is quoted, never measured here
-    run           the result of one method, training seed and setting
-
-A setting is a way of decoding ("sampled", "greedy" or "planned") together with the way in which β, the weight of value
-guidance, was chosen. A row of kind run, called a run here, stores the outcome of its episodes as `cells`, a list of
-[cluster, sum of scores, number of episodes], from which means, intervals and paired differences over seeds are
-computed; a cluster is a set of episodes that depend on each other. `scores` lists the single episode scores of each
-cell, in the same order for every method.
-"""
-
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from offline_lmrl.comparison.rows import Row, read_results
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
-from offline_lmrl.logs.files import reading
 from offline_lmrl.logs.terminal import visible
-from offline_lmrl.logs.trajectory import shown
-from offline_lmrl.renamed import current
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FEW_SEEDS = 5  # with fewer, intervals over seeds are wide, so the mean of every seed is printed too
-COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")
+COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")  # these come first, in this order
 
-# kind of row -> fields that `read_results` requires, with their types
-NEEDED = {
-    "comparison": {},
-    "behaviour": {"method": str},
-    "optimum": {"method": str},
-    "published": {"method": str},
-    "run": {"method": str, "decode": str, "seed": int, "cells": list, "config": dict},
-}
-
-Row = Mapping[str, Any]
 Line = dict[str, str]  # one line of a table: name of the column -> text
 
 
-def _current_row(row: Any) -> Any:
-    """Return a row of results with its algorithm and config under their current names; the rest holds none."""
-    if not isinstance(row, dict):
-        return row
-    return row | current({name: row[name] for name in ("algorithm", "config") if name in row})
+def short(count: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
 
 
-def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of a results.jsonl.
-
-    Raises: InputError "file:row: ..." for the first row that `compare` cannot have written.
-    """
-    with reading(path, "rows of results as JSON"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(_current_row(json.loads(line)))
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: found {error}, expected one row of results as JSON") from error
-        _check_row(rows[-1], f"{path}:{number}")
-    return rows
-
-
-def _check_row(row: Any, where: str) -> None:
-    """Check the fields of a row that NEEDED requires, and the form of its `cells`.
-
-    Args:
-      row: the parsed row.
-      where: "file:row", the start of the error message.
-    Raises: InputError that names the field.
-    """
-    kind = row.get("kind") if isinstance(row, dict) else None
-    if not isinstance(kind, str) or kind not in NEEDED:
-        raise InputError(f"{where}: kind: found {shown(kind)}, expected one of {', '.join(NEEDED)}")
-    for name, type_ in NEEDED[kind].items():
-        if not isinstance(row.get(name), type_):
-            raise InputError(f"{where}: {name}: found {shown(row.get(name))}, expected what `compare` writes")
-    for cell in row["cells"] if kind == "run" else ():
-        if not (isinstance(cell, list) and len(cell) == 3 and all(isinstance(n, int | float) for n in cell[1:])):
-            raise InputError(f"{where}: cells: found {shown(cell)}, expected [cluster, sum of scores, episodes]")
+# Columns with the mean over the runs of a method: name -> (function from a run to its number, or None; format)
+PLAY: dict[str, tuple[Callable[[Row], Any], Callable[[float], str]]] = {
+    "agent turns": (lambda run: run["turns"], "{:.1f}".format),
+    "agent tokens": (lambda run: run["tokens"], "{:.1f}".format),
+    "invalid": (lambda run: run["invalid_rate"], "{:.1%}".format),
+    "training KL": (lambda run: run.get("training_kl"), "{:.2f}".format),
+}
+COSTS: dict[str, tuple[Callable[[Row], Any], Callable[[float], str]]] = {
+    "training tokens": (lambda run: run["cost"].get("training_tokens"), short),
+    "training s": (lambda run: run["cost"].get("training_seconds"), "{:.0f}".format),
+    "environment steps": (lambda run: run["cost"].get("environment_steps"), short),
+    "reward queries": (lambda run: run["cost"].get("reward_queries"), short),
+    "played tokens": (lambda run: run["cost"].get("played_tokens"), short),
+    "selection tokens": (lambda run: run["cost"].get("selection_tokens") or None, short),
+    "generated": (lambda run: run["cost"]["generated_tokens"], short),
+}
 
 
 def table(results: str | Path | Sequence[Row]) -> str:
@@ -122,23 +76,31 @@ def terminal_table(rows: Sequence[Row]) -> "Table":
 
     results = Results(rows)
     decimals = 1 if any(abs(estimate.mean) >= 10 for estimate in results.estimates.values()) else 2
-    lines = [_fixed_line(row, (), decimals) for row in results.of("behaviour", "optimum")]
-    lines += [_terminal_line(key, results, decimals) for key in results.groups]
     # Of a published result without a score, only labels are known, which this table does not have.
-    lines += [_fixed_line(row, (), decimals) for row in results.of("published") if row.get("score") is not None]
-    columns = ("method", "decoding", "β", "score [95%]", f"minus {results.shown['baseline']}", "cost")
-    columns = [name for name in columns if any(line.get(name) for line in lines)]
+    lines = [line for line in table_lines(results, decimals) if "score [95%]" in line]
+    baseline = f"minus {results.shown['baseline']}"
+    for line in lines:
+        line |= {"β": line.get("beta", ""), "cost": _short_cost(line)}
+    columns = ("method", "decoding", "β", "score [95%]", baseline, "cost")
     caption = "Cost is that of training. All columns are in table.md and in the report."
     if any(estimate.seeds == 1 for estimate in results.estimates.values()):
         caption += " With one training seed, an interval describes that run."
     drawn = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     # The remark on cut logs in the first line is the longest text; wrapped like this, it leaves space for intervals.
     widest = max([18, *(len(key.method) for key in results.groups)])
+    columns = [name for name in columns if any(line.get(name) for line in lines)]
     for name in columns:
         drawn.add_column(Text(visible(name)), overflow="fold", max_width=widest if name == "method" else None)
     for line in lines:
-        drawn.add_row(*(Text(visible(line.get(name, ""))) for name in columns))
+        cells = (line.get(name, "").removesuffix(" of this run") for name in columns)
+        drawn.add_row(*(Text(visible(cell)) for cell in cells))
     return drawn
+
+
+def _short_cost(line: Line) -> str:
+    parts = {"training tokens": "tokens", "environment steps": "steps"}
+    cost = ", ".join(f"{line[name]} {unit}" for name, unit in parts.items() if name in line)
+    return f"{cost} (declared)" if cost and "declared" in line.get("regime", "") else cost
 
 
 class Key(NamedTuple):
@@ -147,7 +109,7 @@ class Key(NamedTuple):
     method: name of the method.
     decode: "sampled", "greedy" or "planned".
     chosen: how β, the weight of value guidance, was chosen: "offline", from held-out logs; "returns", by the returns
-      of other played episodes; None, no value guidance.
+      of other played episodes; "given", by the user; None, no value guidance.
     """
 
     method: str
@@ -155,7 +117,7 @@ class Key(NamedTuple):
     chosen: str | None
 
     def __str__(self) -> str:
-        how = {None: "", "offline": ", β offline", "returns": ", β by returns"}[self.chosen]
+        how = {None: "", "offline": ", β offline", "returns": ", β by returns", "given": ", β given"}[self.chosen]
         return f"{self.method}, {self.decode}{how}"
 
 
@@ -179,7 +141,10 @@ class Results:
         self.groups: dict[Key, list[Row]] = {}
         for row in self.of("run"):
             self.groups.setdefault(Key(row["method"], row["decode"], row["beta_chosen"]), []).append(row)
-        self.cells = {key: _cells(runs) for key, runs in self.groups.items()}
+        self.cells = {
+            key: Cells.summed((run["seed"], *cell) for run in runs for cell in run["cells"])
+            for key, runs in self.groups.items()
+        }
 
     def of(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] in kinds]
@@ -191,26 +156,28 @@ class Results:
     def difference(self, key: Key, other: Key) -> Estimate | None:
         """Return the difference of the mean scores, key − other, paired by training seed and episodes.
 
-        None if the two share no training seed, or differ in their number of episodes.
+        None if the two share no training seed, or differ in their episodes: sampled play may repeat the episodes,
+        while greedy play has each once.
         """
         mine, theirs = self.cells[key], self.cells[other]
-        # Sampled play may repeat the episodes, while greedy play has each once; these two cannot be paired.
-        if not set(mine.seeds) & set(theirs.seeds) or mine.count.sum(1)[0] != theirs.count.sum(1)[0]:
+        if not set(mine.seeds) & set(theirs.seeds) or self._episodes(key) != self._episodes(other):
             return None
         return (mine - theirs).estimate()
+
+    def _episodes(self, key: Key) -> dict[Any, int]:
+        """Return the number of episodes of each cluster that every run of a method and setting played."""
+        return {cluster: count for cluster, _, count in self.groups[key][0]["cells"]}
 
     def against_baseline(self, key: Key) -> Estimate | None:
         """Return the mean score of the key minus that of the baseline, paired by training seed and episodes.
 
         The baseline is taken under the same decoding and choice of β, else without guidance, else in sampled play.
-        None for the baseline itself, and if the two share no training seed.
+        None for the baseline itself, and if the two cannot be paired.
         """
         baseline = self.shown["baseline"]
-        alike = ((baseline, key.decode, key.chosen), (baseline, key.decode, None), (baseline, "sampled", None))
-        rivals = [self.cells[other] for other in alike if other in self.cells]
-        if key.method == baseline or not rivals or not set(self.cells[key].seeds) & set(rivals[0].seeds):
-            return None
-        return (self.cells[key] - rivals[0]).estimate()
+        alike = (Key(baseline, *way) for way in (key[1:], (key.decode, None), ("sampled", None)))
+        rival = next((other for other in alike if other in self.cells), None)
+        return None if rival is None or key.method == baseline else self.difference(key, rival)
 
     @cached_property
     def wins(self) -> dict[str, dict[tuple[Key, Key], Estimate]]:
@@ -223,12 +190,11 @@ class Results:
         found: dict[str, dict[tuple[Key, Key], Estimate]] = {"sampled": {}, "greedy": {}}
         keys = [key for key, runs in self.groups.items() if all("scores" in run for run in runs)]
         for a, b in combinations(keys, 2):
-            if (a.decode == "greedy") != (b.decode == "greedy"):
-                continue
-            if pairs := list(_wins(self.groups[a], self.groups[b])):
-                won = Cells.summed(pairs).share()
-                lost = won._replace(mean=1 - won.mean, low=1 - won.high, high=1 - won.low)
-                found["greedy" if a.decode == "greedy" else "sampled"] |= {(a, b): won, (b, a): lost}
+            if (a.decode == "greedy") == (b.decode == "greedy") and self._episodes(a) == self._episodes(b):
+                if pairs := list(_wins(self.groups[a], self.groups[b])):
+                    won = Cells.summed(pairs).share()
+                    lost = won._replace(mean=1 - won.mean, low=1 - won.high, high=1 - won.low)
+                    found["greedy" if a.decode == "greedy" else "sampled"] |= {(a, b): won, (b, a): lost}
         return found
 
 
@@ -250,18 +216,14 @@ def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any
             yield run["seed"], cell[0], sum((a > b) + 0.5 * (a == b) for a, b in pairs), len(pairs)
 
 
-def table_lines(results: Results) -> list[Line]:
+def table_lines(results: Results, decimals: int = 2) -> list[Line]:
     """Return the lines of the table that `table` describes, in the same order."""
-    lines = [_fixed_line(row, results.shown["labels"]) for row in results.of("behaviour", "optimum")]
-    lines += [_method_line(key, results) for key in results.groups]
-    return lines + [_fixed_line(row, None) for row in results.of("published")]
+    lines = [_fixed_line(row, results.shown["labels"], decimals) for row in results.of("behaviour", "optimum")]
+    lines += [_method_line(key, results, decimals) for key in results.groups]
+    return lines + [_fixed_line(row, None, decimals) for row in results.of("published")]
 
 
-def _cells(runs: Iterable[Row]) -> Cells:
-    return Cells.summed((run["seed"], cluster, total, count) for run in runs for cluster, total, count in run["cells"])
-
-
-def _fixed_line(row: Row, labels: Collection[str] | None, decimals: int = 2) -> Line:
+def _fixed_line(row: Row, labels: Collection[str] | None, decimals: int) -> Line:
     """Return the table line of a row of kind behaviour, optimum or published, without the columns it has no value for.
 
     Args:
@@ -275,73 +237,59 @@ def _fixed_line(row: Row, labels: Collection[str] | None, decimals: int = 2) -> 
         line["score [95%]"] = score.to_text(decimals) if score.interval else f"{score.mean:.{decimals}f}"
     if row.get("normalised") is not None:
         line["normalised"] = f"{row['normalised']:.1f}"
-    return line | {name: f"{value:.3g}" for name, value in _chosen(row["labels"], labels).items()}
+    return line | _label_cells([row], labels)
 
 
-def _chosen(labels: Mapping[str, float], names: Collection[str] | None) -> dict[str, float]:
-    return {name: value for name, value in labels.items() if names is None or name in names}
-
-
-def _betas(key: Key, runs: Sequence[Row]) -> str:
-    betas = [f"{run['beta']:g}" for run in runs]
-    return f"{betas[0] if len(set(betas)) == 1 else '/'.join(betas)} ({key.chosen})"
-
-
-def _terminal_line(key: Key, results: Results, decimals: int) -> Line:
-    runs = results.groups[key]
-    line = {"method": key.method, "decoding": key.decode, "score [95%]": results.estimates[key].to_text(decimals)}
+def _method_line(key: Key, results: Results, decimals: int) -> Line:
+    """Return the table line of a method in one setting, without the columns it has no value for."""
+    runs, shown, per_seed = results.groups[key], results.shown, results.cells[key].per_seed()
+    line = {
+        "method": key.method,
+        "decoding": key.decode,
+        "score [95%]": _in_run(results.estimates[key], decimals),
+    }
     if key.chosen is not None:
-        line["β"] = _betas(key, runs)
-    if difference := results.against_baseline(key):
-        line[f"minus {results.shown['baseline']}"] = f"{difference.to_text(decimals)}{'*' * difference.sure}"
-    line["cost"] = f"{short(_mean(run['cost']['training_tokens'] for run in runs))} tokens"
-    if steps := _mean(run["cost"].get("environment_steps", 0) for run in runs):
-        line["cost"] += f", {short(steps)} steps"
-    return line
-
-
-def _method_line(key: Key, results: Results) -> Line:
-    runs, mine, shown = results.groups[key], results.cells[key], results.shown
-    line = {"method": key.method, "decoding": key.decode, "score [95%]": str(results.estimates[key])}
-    if key.chosen is not None:
-        line["beta"] = _betas(key, runs)
-    if 1 < len(mine.seeds) < FEW_SEEDS:
-        line["per seed"] = " ".join(f"{mean:.2f}" for mean in mine.per_seed().values())
+        betas = list(dict.fromkeys(f"{run['beta']:g}" for run in runs))
+        betas = betas if len(betas) == 1 else [f"{run['beta']:g}" for run in runs]
+        line["beta"] = f"{'/'.join(betas)} ({key.chosen})"
+    if 1 < len(per_seed) < FEW_SEEDS:
+        line["per seed"] = " ".join(f"{mean:.2f}" for mean in per_seed.values())
     if runs[0]["normalised"] is not None:
-        line["normalised"] = f"{_mean(run['normalised'] for run in runs):.1f}"
+        line["normalised"] = f"{mean_of(run['normalised'] for run in runs):.1f}"
     if difference := results.against_baseline(key):
-        line[f"minus {shown['baseline']}"] = f"{difference}{'*' * difference.sure}"
-    labels = [_chosen(run["labels"], shown["labels"]) for run in runs]
-    for name in dict.fromkeys(name for means in labels for name in means):
-        line[name] = f"{_mean(means[name] for means in labels if name in means):.3g}"
-    line["agent turns"] = f"{_mean(run['turns'] for run in runs):.1f}"
-    line["agent tokens"] = f"{_mean(run['tokens'] for run in runs):.1f}"
-    line["invalid"] = f"{_mean(run['invalid_rate'] for run in runs):.1%}"
+        line[f"minus {shown['baseline']}"] = f"{_in_run(difference, decimals)}{'*' * difference.sure}"
+    line |= _label_cells(runs, shown["labels"]) | _means(runs, PLAY)
     if any("ratio_max" in run for run in runs):
-        line["training KL"] = f"{_mean(run['training_kl'] for run in runs if 'training_kl' in run):.2f}"
         line["largest ratio"] = f"{max(run.get('ratio_max', 0.0) for run in runs):.3g}"
-    line["episodes"] = str(sum(run["n"] for run in runs))
-    line["seeds"] = " ".join(str(run["seed"]) for run in runs)
-    line["regime"] = runs[0]["regime"]
-    line["training tokens"] = short(_mean(run["cost"]["training_tokens"] for run in runs))
-    line["training s"] = f"{_mean(run['cost']['training_seconds'] for run in runs):.0f}"
-    for name in ("environment_steps", "reward_queries", "played_tokens", "selection_tokens"):
-        if any(run["cost"].get(name) for run in runs):
-            line[name.replace("_", " ")] = short(_mean(run["cost"].get(name, 0) for run in runs))
-    line["generated"] = short(_mean(run["cost"]["generated_tokens"] for run in runs))
-    return line
+    declared = " (declared, and its cost)" if runs[0].get("declared") else ""
+    one = " (one model)" if len(runs) > 1 and len({run.get("run", run["seed"]) for run in runs}) == 1 else ""
+    return line | {
+        "episodes": str(sum(run["n"] for run in runs)),
+        "seeds": " ".join(str(run["seed"]) for run in runs) + one,
+        "regime": f"{runs[0]['regime']}{declared}",
+        **_means(runs, COSTS),
+    }
 
 
-def _mean(values: Iterable[float]) -> float:
+def _in_run(estimate: Estimate, decimals: int) -> str:
+    return estimate.to_text(decimals) + " of this run" * (estimate.seeds == 1 and estimate.interval is not None)
+
+
+def _means(runs: Sequence[Row], columns: Mapping[str, tuple[Callable[[Row], Any], Callable[[float], str]]]) -> Line:
+    """Return the cells of PLAY or COSTS with the mean over the runs that have a number."""
+    known = {name: [n for n in map(number, runs) if n is not None] for name, (number, _) in columns.items()}
+    return {name: columns[name][1](mean_of(numbers)) for name, numbers in known.items() if numbers}
+
+
+def _label_cells(rows: Sequence[Row], names: Collection[str] | None) -> Line:
+    """Return the mean of each label over the rows that have it; `names`: the labels that are shown, None = all."""
+    shown = dict.fromkeys(name for row in rows for name in row["labels"] if names is None or name in names)
+    return {name: f"{mean_of(row['labels'][name] for row in rows if name in row['labels']):.3g}" for name in shown}
+
+
+def mean_of(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
-
-
-def short(count: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
 
 
 def columns_of(lines: Sequence[Line]) -> list[str]:

@@ -3,6 +3,7 @@
 A `_Method` has what is the same for every seed; `_Runs` names the folders of the runs of one seed after another.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from offline_lmrl.settings import build
 from offline_lmrl.tasks import make_environment
 
 LENGTH = "max_new_tokens"
+HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
 def resolve(config: CompareConfig) -> list[Entry]:
@@ -219,15 +221,14 @@ class _Runs:
         return self._made[name, seed]
 
     def _checkpoint(self, method: _Method, seed: int) -> Run:
-        found, seeds, cost = method.own.checkpoint, self.config.seeds, method.own.cost
-        if isinstance(found, str):
-            own = seed if "{seed}" in found else None
-            return Run(method.name, own, found.replace("{seed}", str(seed)), method.where, cost=cost)
-        if len(found) != len(seeds):
-            raise InputError(
-                f"{method.where}.checkpoint: found {len(found)} folders, expected one for each of {len(seeds)} seeds"
-            )
-        return Run(method.name, seed, found[seeds.index(seed)], method.where, cost=cost)
+        found, seeds, where = method.own.checkpoint, self.config.seeds, f"{method.where}.checkpoint"
+        own = None if isinstance(found, str) and "{seed}" not in found else seed
+        if not isinstance(found, str) and len(found) != len(seeds):
+            raise InputError(f"{where}: found {len(found)} folders, expected one for each of {len(seeds)} seeds")
+        folder = found.replace("{seed}", str(seed)) if isinstance(found, str) else found[seeds.index(seed)]
+        if not Path(folder).is_dir() and not re.fullmatch(HUB_NAME, folder):
+            raise InputError(f"{where}: found {shown(folder)}, expected a folder that exists, or a hub name")
+        return Run(method.name, own, folder, method.where, cost=method.own.cost)
 
     def _training(self, method: _Method, seed: int, needed: Mapping[str, Run]) -> Run:
         """Return a run that is trained.

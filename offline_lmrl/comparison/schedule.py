@@ -21,8 +21,9 @@ import torch
 from rich.console import Console
 
 from offline_lmrl.comparison.config import CompareConfig
-from offline_lmrl.comparison.measure import Arena, Measurement, Row, Setting, result_row
+from offline_lmrl.comparison.measure import Arena, Measurement, Setting, result_row
 from offline_lmrl.comparison.resolve import resolve
+from offline_lmrl.comparison.rows import Row
 from offline_lmrl.comparison.runs import PLANNED, Entry, Run
 from offline_lmrl.comparison.storage import Storage
 from offline_lmrl.decoding.policy import LanguagePolicy

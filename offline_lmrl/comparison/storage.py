@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from offline_lmrl.comparison.config import CompareConfig
-from offline_lmrl.comparison.measure import TEMPERATURES, Row, Setting
+from offline_lmrl.comparison.measure import TEMPERATURES, Setting
 from offline_lmrl.comparison.provenance import provenance
-from offline_lmrl.comparison.report import read_results
+from offline_lmrl.comparison.rows import SCHEME, Row, as_lines, read_results
 from offline_lmrl.comparison.runs import PLANNED, Entry
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import label_means, mean_interval
@@ -30,10 +30,6 @@ from offline_lmrl.logs.preferences import to_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.run import weights_hash
 from offline_lmrl.tasks import make_environment
-
-# Version of the rows. Increase it when a code change makes the same settings train or play differently: rows of the
-# old version are then refused instead of being mixed with new ones.
-SCHEME = 2
 
 
 class Storage:
@@ -100,8 +96,7 @@ class Storage:
 
     def _save(self) -> None:
         """Write results.jsonl atomically: if the process is killed, the file has the old rows or all new ones."""
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_text(self.folder / "results.jsonl", "".join(lines))
+        write_text(self.folder / "results.jsonl", as_lines(self.rows))
 
     def _kept(self, path: Path) -> list[Row]:
         """Return the rows of kind "run" in a results file; empty if there is no such file.
@@ -119,14 +114,14 @@ class Storage:
                 )
         return runs
 
-    def _identity(self, entry: Entry | None, decode: str) -> Row:
+    def _identity(self, entry: Entry | None, decode: str) -> dict[str, Any]:
         """Return the fields of a row that name what determines it; a kept row must have the same ones.
 
         Returns: `config`, settings and hashes of data; and, for a model made elsewhere, `weights`, their hash.
         """
         if entry is None:  # a method that the config no longer lists
             return {"config": self._shared}
-        found: Row = {"config": _plain(self._shared | entry.identity(decode))}
+        found: dict[str, Any] = {"config": _plain(self._shared | entry.identity(decode))}
         if entry.run.settings is None:
             found["weights"] = weights_hash(entry.run.folder)
         return found

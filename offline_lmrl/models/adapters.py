@@ -104,13 +104,16 @@ def check_run_metadata(name: str | Path, block: Any) -> None:
 
 
 def read_run_metadata(folder: str | Path) -> dict[str, Any]:
-    """Read the run metadata that `save_heads` wrote into a LoRA folder.
+    """Read the run metadata that `save_heads` wrote into a LoRA folder; {} for an adapter made by another library.
 
-    Raises: InputError if they are missing or damaged.
+    Raises: InputError if they are damaged, or missing beside heads that they describe.
     """
     path = Path(folder) / METADATA_FILE
     if not path.exists():
-        raise InputError(f"model: {path}: not found, so this LoRA folder was not written by offline_lmrl")
+        for heads in (path.with_name(f"{part}.safetensors") for part in PARTS):
+            if heads.exists():
+                raise InputError(f"model: {path}: not found, but it describes {heads.name}, which is in the folder")
+        return {}
     with reading(path, "settings"):
         block = current(json.loads(path.read_text(encoding="utf-8")))
     check_run_metadata(folder, block)
@@ -162,10 +165,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, metadata: Mapping[s
     Args:
       model: the base model, which gets the run metadata.
       folder: the LoRA folder.
-      metadata: its run metadata.
+      metadata: its run metadata; {} for an adapter of another library, for which those of the base hold.
     Raises: InputError if the folder is damaged.
     """
-    model.config.offline_lmrl = metadata
+    if metadata:
+        model.config.offline_lmrl = metadata
     with reading_pretrained(folder, "model"):
         return require_peft().PeftModel.from_pretrained(model, folder, is_trainable=True)
 

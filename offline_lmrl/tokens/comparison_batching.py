@@ -57,7 +57,7 @@ class ComparisonBatch(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class ComparisonDataset(PackedDataset):
-    """A data set of comparisons as flat arrays, made by `encode_comparisons` or `encode_scored`.
+    """A data set of comparisons as flat arrays, made by `encode_comparisons`.
 
     Its length, and therefore a batch size, counts comparisons.
 
@@ -131,7 +131,7 @@ class ComparisonDataset(PackedDataset):
 
 
 def encode_comparisons(
-    comparisons: Sequence[Comparison],
+    rows: Sequence[Comparison] | Sequence[Trajectory],
     renderer: Renderer,
     window: WindowRule,
     counts: Counter[str],
@@ -140,44 +140,38 @@ def encode_comparisons(
 ) -> ComparisonDataset:
     """Render every comparison once and return a data set that reads from anonymous files in the temporary folder.
 
-    If a comparison is longer than `window` allows, the oldest turns of the context are dropped, the same ones for all
-    options (with `by_turn`, for each row separately); a reply is never shortened. If an option does not fit even
-    without them, the whole comparison is dropped.
+    A scored trajectory is a comparison of one option, the turns from the first agent turn on, whose target is the
+    trajectory's return. If a comparison is longer than `window` allows, the oldest turns of the context are dropped,
+    the same ones for all options (with `by_turn`, for each row separately); a reply is never shortened. If an option
+    does not fit even without them, the whole comparison is dropped.
 
     Args:
+      rows: comparisons, or scored trajectories.
       window: the limits on turns and tokens of a row.
       counts: a Counter, updated in place: message -> number of comparisons that were dropped, lost turns or have
         another fault.
       processes: number of processes that render in parallel.
       by_turn: False: one row per option. True: one row per agent turn of an option, each after the turns that `window`
         lets the agent see there.
-    Raises: InputError if no comparison is left.
+    Raises: InputError if no comparison is left, or if a trajectory has no agent turn.
     """
-    return _dataset(comparisons, partial(_compared, renderer, window, by_turn), renderer.close_id, counts, processes)
-
-
-def encode_scored(
-    trajectories: Sequence[Trajectory],
-    renderer: Renderer,
-    window: WindowRule,
-    counts: Counter[str],
-    processes: int = 1,
-    by_turn: bool = False,
-) -> ComparisonDataset:
-    """Render scored trajectories as comparisons of one option: the turns from the first agent turn on.
-
-    The target of the option is the trajectory's return.
-
-    Args:
-      window: the limits on turns and tokens of a row.
-      counts: a Counter, updated in place: message -> number of trajectories that were dropped, lost turns or have
-        another fault.
-      processes: number of processes that render in parallel.
-      by_turn: False: one row per trajectory. True: one row per agent turn, after the turns that `window` lets the
-        agent see there.
-    Raises: InputError if no trajectory is left, or if one has no agent turn.
-    """
-    return _dataset(trajectories, partial(_rated, renderer, window, by_turn), renderer.close_id, counts, processes)
+    sizes: Counter[str] = Counter()  # values in each column so far
+    with in_temporary_folder(), ExitStack() as opened:
+        files = {name: opened.enter_context(tempfile.TemporaryFile()) for name in _CODES}
+        for name in _ENDS:
+            files[name].write(bytes(8))  # the first end is 0
+        render = partial(_rendered, partial(_encoded, renderer, window, by_turn), rows)
+        for part, mine in map_in_order(render, chunks(range(len(rows)), _CHUNK), processes):
+            counts.update(mine)
+            for name, values in part.items():
+                files[name].write(np.asarray(values) + sizes[_ENDS[name]] if name in _ENDS else values)
+            sizes.update({name: len(values) for name, values in part.items()})
+        if not sizes["target"]:
+            raise InputError(
+                f"comparisons: found none that fits into max_length, expected at least one ({dict(counts)})"
+            )
+        read = {name: np.asarray(np.memmap(file, _CODES[name], "r")) for name, file in files.items()}
+    return ComparisonDataset(**read, pad_id=renderer.close_id)
 
 
 def row_tensors(ids: Lists, kinds: Lists, pad_id: int) -> dict[str, Tensor]:
@@ -221,29 +215,25 @@ Row = tuple[list[int], list[int]]  # token ids, and the kind of each token
 _Encoded = tuple[list[list[Row]], Sequence[float], Sequence[int], float, float] | None
 
 
-def _compared(
-    renderer: Renderer, window: WindowRule, by_turn: bool, row: Comparison, counts: Counter[str]
+def _encoded(
+    renderer: Renderer, window: WindowRule, by_turn: bool, row: Comparison | Trajectory, counts: Counter[str]
 ) -> _Encoded:
-    own = [
-        with_own_token_ids(Trajectory((*row.context, *option), labels=row.labels), renderer.fingerprint).turns
-        for option in row.options
-    ]
-    start = len(row.context)
-    rows = encode_options(own[0][:start], [turns[start:] for turns in own], renderer, window, counts, by_turn)
-    return rows and (rows, row.target, row.ranks, row.weight, float(row.labels.get("strength") or 0.0))
-
-
-def _rated(renderer: Renderer, window: WindowRule, by_turn: bool, row: Trajectory, counts: Counter[str]) -> _Encoded:
-    turns = with_own_token_ids(row, renderer.fingerprint).turns
-    start = next(iter(agent_turns(turns)), None)
-    if start is None:
-        raise InputError("trajectories: found one without an agent turn, expected at least one")
-    rows = encode_options(turns[:start], [turns[start:]], renderer, window, counts, by_turn)
-    return rows and (rows, (row.total_return,), (0,), 1.0, 0.0)
+    if isinstance(row, Trajectory):
+        whole, start = [row], next(iter(agent_turns(row.turns)), None)
+        values = (row.total_return,), (0,), 1.0, 0.0
+        if start is None:
+            raise InputError("trajectories: found one without an agent turn, expected at least one")
+    else:
+        start = len(row.context)
+        whole = [Trajectory((*row.context, *option), labels=row.labels) for option in row.options]
+        values = row.target, row.ranks, row.weight, float(row.labels.get("strength") or 0.0)
+    own = [with_own_token_ids(one, renderer.fingerprint).turns for one in whole]
+    options = encode_options(own[0][:start], [turns[start:] for turns in own], renderer, window, counts, by_turn)
+    return options and (options, *values)
 
 
 def _rendered(
-    rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], places: Iterable[int]
+    encode: Callable[[Any, Counter[str]], _Encoded], rows: Sequence, places: Iterable[int]
 ) -> tuple[dict[str, array], Counter[str]]:
     counts: Counter[str] = Counter()
     made = {name: array(code) for name, code in _CODES.items()}
@@ -263,28 +253,6 @@ def _rendered(
         made["weight"].append(weight)
         made["strength"].append(strength)
     return made, counts
-
-
-def _dataset(
-    rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], pad_id: int, counts: Counter[str], processes: int
-) -> ComparisonDataset:
-    sizes: Counter[str] = Counter()  # values in each column so far
-    with in_temporary_folder(), ExitStack() as opened:
-        files = {name: opened.enter_context(tempfile.TemporaryFile()) for name in _CODES}
-        for name in _ENDS:
-            files[name].write(bytes(8))  # the first end is 0
-        places = chunks(range(len(rows)), _CHUNK)
-        for part, mine in map_in_order(partial(_rendered, rows, encode), places, processes):
-            counts.update(mine)
-            for name, values in part.items():
-                files[name].write(np.asarray(values) + sizes[_ENDS[name]] if name in _ENDS else values)
-            sizes.update({name: len(values) for name, values in part.items()})
-        if not sizes["target"]:
-            raise InputError(
-                f"comparisons: found none that fits into max_length, expected at least one ({dict(counts)})"
-            )
-        read = {name: np.asarray(np.memmap(file, _CODES[name], "r")) for name, file in files.items()}
-    return ComparisonDataset(**read, pad_id=pad_id)
 
 
 def encode_options(

@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from offline_lmrl.errors import InputError, Stopped
+from offline_lmrl.errors import InputError, Stopped, require
 from offline_lmrl.logs.files import read_object, reading, staging, sync, sync_entry, writing
 from offline_lmrl.models.adapters import METADATA_FILE, has_adapter, heads_of, load_heads, save_heads
 from offline_lmrl.training.metrics import Averages, close_bars, keep_metrics_until
@@ -226,12 +226,12 @@ def check_processes(checkpoint: Path, found: int, here: int) -> None:
       here: number of processes that run now.
     Raises: InputError if the numbers differ.
     """
-    if found != here:
-        raise InputError(
-            f"{checkpoint}: found a checkpoint of a run by {found} process(es), expected one by {here}, "
-            f"as this command runs: start {found} (torchrun --nproc_per_node {found}), or take another "
-            "output_dir"
-        )
+    require(
+        found == here,
+        f"{checkpoint}: found a checkpoint of a run by {found} process(es), expected one by {here}, "
+        f"as this command runs: start {found} (torchrun --nproc_per_node {found}), or take another "
+        "output_dir",
+    )
 
 
 def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -402,8 +402,10 @@ class CheckpointedTrainer(StoredTrainer):
           processes, or if there is none for True.
         """
         checkpoint = self.last_checkpoint() if resume_from_checkpoint is True else resume_from_checkpoint or None
-        if resume_from_checkpoint is True and checkpoint is None:
-            raise InputError(f"{self.args.output_dir}: found no complete checkpoint, expected one to continue from")
+        require(
+            resume_from_checkpoint is not True or checkpoint is not None,
+            f"{self.args.output_dir}: found no complete checkpoint, expected one to continue from",
+        )
         self._resumed, step, best = None if checkpoint is None else Path(checkpoint), 0, None
         if self._resumed is not None:
             if names := self.lacking(self._resumed):

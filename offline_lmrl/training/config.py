@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from offline_lmrl.decoding.sampler import DecodingConfig
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.settings import setting
@@ -72,8 +72,10 @@ class BaseConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         WindowRule(self.context, self.stride, self.max_length)  # made only for its range checks
-        if self.template not in TEMPLATES:
-            raise InputError(f"template: found {shown(self.template)}, expected one of {', '.join(TEMPLATES)}")
+        require(
+            self.template in TEMPLATES,
+            f"template: found {shown(self.template)}, expected one of {', '.join(TEMPLATES)}",
+        )
         try:
             super().__post_init__()
         except InputError:
@@ -154,12 +156,15 @@ class OfflineConfig(BaseConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.reward_scale is not None and not self.reward_scale > 0:
-            raise InputError(f"reward_scale: found {self.reward_scale}, expected a number above 0")
-        if self.few_shot is not None and self.few_shot.max_tokens >= self.max_length:
-            raise InputError(
+        require(
+            self.reward_scale is None or self.reward_scale > 0,
+            f"reward_scale: found {self.reward_scale}, expected a number above 0",
+        )
+        if self.few_shot is not None:
+            require(
+                self.few_shot.max_tokens < self.max_length,
                 f"few_shot.max_tokens: found {self.few_shot.max_tokens}, expected below max_length "
-                f"({self.max_length}), which holds the demonstrations and the window after them"
+                f"({self.max_length}), which holds the demonstrations and the window after them",
             )
         super().__post_init__()
 
@@ -209,10 +214,10 @@ def check_trackers(args: TrainingArguments) -> None:
     Raises: InputError if a tracker is unknown or not installed.
     """
     for name in args.report_to or ():
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise InputError(
-                f"report_to: found {shown(name)}, expected none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}"
-            )
+        require(
+            name in INTEGRATION_TO_CALLBACK,
+            f"report_to: found {shown(name)}, expected none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}",
+        )
         if name not in get_available_reporting_integrations():
             try:
                 INTEGRATION_TO_CALLBACK[name]()
@@ -233,5 +238,4 @@ def check_range(config: object, **bounds: tuple[float, float]) -> None:
     """
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
-        if value is None or not low <= value <= high:
-            raise InputError(f"{name}: found {value}, expected {low} to {high}")
+        require(value is not None and low <= value <= high, f"{name}: found {value}, expected {low} to {high}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.decoding.probe import check_plays, check_trains, probing
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import has_adapter, require_peft, run_metadata, unfreeze_heads
 from offline_lmrl.models.renderers import scheme_of
@@ -37,18 +37,19 @@ def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> 
       template.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise InputError(f"max_length: found {max_length}, expected at most the model's {limit} positions")
+    require(
+        limit is None or max_length <= limit,
+        f"max_length: found {max_length}, expected at most the model's {limit} positions",
+    )
     block = run_metadata(model.config)
     found, expected = renderer.fingerprint, block.get("tokenizer")
-    if expected != found and scheme_of(block) == SCHEME:
-        raise InputError(
-            f"tokenizer: found fingerprint {found}, expected {expected}: "
-            "the model was trained with another tokenizer or chat template"
-        )
+    require(
+        expected == found or scheme_of(block) != SCHEME,
+        f"tokenizer: found fingerprint {found}, expected {expected}: "
+        "the model was trained with another tokenizer or chat template",
+    )
     tokens, rows = len(renderer.tokenizer), model.get_input_embeddings().weight.shape[0]
-    if tokens > rows:
-        raise InputError(f"tokenizer: found {tokens} tokens, expected at most the model's {rows} embeddings")
+    require(tokens <= rows, f"tokenizer: found {tokens} tokens, expected at most the model's {rows} embeddings")
 
 
 def check_template(renderer: Renderer, dialogues: Iterable[Sequence[Turn]], counts: Counter[str]) -> None:
@@ -65,10 +66,10 @@ def check_template(renderer: Renderer, dialogues: Iterable[Sequence[Turn]], coun
     if (difference := renderer.check.first_difference(first)) is not None:
         counts[difference] += 1
     for line, n in counts.items():
-        if line.startswith(MISMATCH) and renderer.template == "auto":
-            raise InputError(
-                f"template: found {n} {line}, expected template: assembled to train on them all the same, or plain"
-            )
+        require(
+            not line.startswith(MISMATCH) or renderer.template != "auto",
+            f"template: found {n} {line}, expected template: assembled to train on them all the same, or plain",
+        )
 
 
 def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
@@ -79,8 +80,10 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
       peft_config: a config of peft for the adapter, such as LoraConfig.
     Raises: InputError if the model has an adapter already, or cannot take this one.
     """
-    if has_adapter(model):
-        raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
+    require(
+        not has_adapter(model),
+        "lora: found a model with an adapter already; leave lora out to train that one, or merge it",
+    )
     peft = require_peft()
     routers = _linear_layers_with_several_outputs(model)
     if peft_config.target_modules == "all-linear":
@@ -91,11 +94,11 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
         raise InputError(f"model.lora: {error}") from error
     inner = model.get_base_model()
     for name in routers:
-        if hasattr(inner.get_submodule(name), "base_layer"):
-            raise InputError(
-                f"model.lora.target_modules: found {name}, a layer with several outputs, expected layers "
-                "with one, which is what an adapter adds to"
-            )
+        require(
+            not hasattr(inner.get_submodule(name), "base_layer"),
+            f"model.lora.target_modules: found {name}, a layer with several outputs, expected layers "
+            "with one, which is what an adapter adds to",
+        )
     unfreeze_heads(model)
     return model
 

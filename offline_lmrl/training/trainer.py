@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from offline_lmrl.decoding.probe import probing
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.io import data_hash, read_trajectories
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
@@ -57,8 +57,10 @@ def require_targets(name: str, weight: float, targets: int, what: str) -> None:
       what: description of a target, for the error message.
     Raises: InputError if the weight is above 0 and there are no targets.
     """
-    if weight > 0 and not targets:
-        raise InputError(f"{name}: found {weight:g}, expected 0, as no window of the training data holds {what}")
+    require(
+        weight == 0 or targets > 0,
+        f"{name}: found {weight:g}, expected 0, as no window of the training data holds {what}",
+    )
 
 
 class BaseTrainer(CheckpointedTrainer):

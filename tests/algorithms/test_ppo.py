@@ -15,7 +15,7 @@ from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelT
 from offline_lmrl.comparison.compare import run_compare
 from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
 from offline_lmrl.comparison.measure import training_cost
-from offline_lmrl.comparison.report import read_results
+from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import RewardModel

@@ -13,7 +13,8 @@ from rich.console import Console
 from offline_lmrl.cli.main import main
 from offline_lmrl.comparison import compare, measure, resolve, runs, schedule, storage
 from offline_lmrl.comparison.config import CompareConfig
-from offline_lmrl.comparison.report import read_results, table
+from offline_lmrl.comparison.report import table
+from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import Failed, InputError
 from offline_lmrl.evaluation.offline import OfflineReport, choose_beta
@@ -828,3 +829,142 @@ def test_failures_of_training_and_of_play_are_the_same_in_one_process_and_in_sev
     (tmp_path / "fragile").unlink()
     run(world, workers=workers)
     assert {row["method"] for row in run_rows(world)} == {"bc", "ppo", "after", "long"}
+
+
+# Models made elsewhere, and train files
+
+
+def made_elsewhere(folder, weights=b"weights"):
+    """A folder as another library leaves it; the stand-in of a policy loads it by its name."""
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    return str(folder)
+
+
+DECLARED = {"regime": "labels only", "cost": {"training_tokens": 640, "reward_queries": 7}}
+
+
+def test_a_checkpoint_is_measured_once_counts_for_every_seed_and_is_printed_as_declared(world, tmp_path):
+    dpo = made_elsewhere(tmp_path / "dpo")
+    world.settings["methods"] = {"bc": {"algorithm": "bc"}, "dpo": {"checkpoint": dpo, **DECLARED}}
+    run(world, seeds=[0, 1])
+    assert [call[0] for call in world.trained] == ["bc-0", "bc-1"]
+    assert [played[0] for played in Gambler.played].count("dpo") == 2  # sampled and greedy
+    rows = [row for row in run_rows(world) if row["method"] == "dpo"]
+    assert [(row["seed"], row["decode"]) for row in rows] == [
+        (seed, decode) for seed in (0, 1) for decode in ("sampled", "greedy")
+    ]
+    assert rows[0]["scores"] == rows[2]["scores"] and rows[0]["samples"] and not rows[2]["samples"]
+    assert rows[0]["algorithm"] == "checkpoint" and rows[0]["cost"]["training_tokens"] == 640
+    assert rows[0]["cost"]["reward_queries"] == 7 and "training_seconds" not in rows[0]["cost"]
+    (line, _) = [line for line in (world.out / "table.md").read_text().splitlines() if line.startswith("| dpo")]
+    assert "labels only (declared, and its cost)" in line and "0 1 (one model)" in line and "| 640 " in line
+    assert line.split("|")[6].strip() == "0.00 [0.00, 0.00]"  # paired with bc, which plays the same stand-in
+    first = len(Gambler.played)
+    run(world, seeds=[0, 1])
+    assert len(Gambler.played) == first
+    Path(dpo, "model.safetensors").write_bytes(b"others")
+    with pytest.raises(InputError, match="dpo: weights: found '.*, expected '.*; choose another `output`"):
+        run(world, seeds=[0, 1])
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_checkpoint_may_have_a_folder_for_every_seed(world, tmp_path, listed):
+    folders = [made_elsewhere(tmp_path / f"kto-{seed}") for seed in (3, 1)]
+    checkpoint = folders if listed else str(tmp_path / "kto-{seed}")
+    world.settings["methods"]["kto"] = {"checkpoint": checkpoint, **DECLARED}
+    run(world, seeds=[3, 1])
+    assert [Path(row["run"]).name for row in run_rows(world) if row["method"] == "kto"] == ["kto-3"] * 2 + [
+        "kto-1"
+    ] * 2
+
+
+def test_a_checkpoint_may_be_a_run_and_the_start_of_another(world, tmp_path):
+    earlier = Path(made_elsewhere(tmp_path / "earlier"))
+    (earlier / "complete.json").write_text(json.dumps({"training_tokens": 50}))
+    (earlier / "metrics.jsonl").write_text("")
+    (earlier / "config.yaml").write_text("algorithm: ilql\n")
+    dpo = made_elsewhere(tmp_path / "dpo")
+    world.settings["methods"] = {
+        "earlier": {"checkpoint": str(earlier)},
+        "dpo": {"checkpoint": dpo, **DECLARED},
+        "tuned": {"algorithm": "bc", "from": "dpo"},
+    }
+    run(world)
+    rows = {(row["method"], row["beta_chosen"]): row for row in run_rows(world)}
+    assert rows["earlier", "offline"]["algorithm"] == "ilql" and rows["earlier", "offline"]["beta"] == 2.0
+    assert rows["earlier", "offline"]["cost"]["training_tokens"] == 50 and "declared" not in rows["earlier", "offline"]
+    assert world.trained == [("tuned-0", "bc", dpo, 0)]
+    assert rows["tuned", None]["cost"]["training_tokens"] == 1000 + 640
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"checkpoint": "dpo", "args": {}}, "methods.x.args: found beside `checkpoint`, which sets it"),
+        (
+            {"checkpoint": "dpo", "algorithm": "bc"},
+            "methods.x: found algorithm and checkpoint, expected exactly one of",
+        ),
+        ({"checkpoint": "dpo", "cost": {}}, "methods.x.regime: missing, expected a text for the data"),
+        ({"checkpoint": "dpo", "regime": "labels only"}, "methods.x.cost: missing, expected the cost of training"),
+        (
+            {"checkpoint": "dpo", **DECLARED, "cost": {"tokens": 3}},
+            "methods.x.cost.tokens: found a setting that does not",
+        ),
+        ({"checkpoint": ["a", "b"], **DECLARED}, "methods.x.checkpoint: found 2 folders, expected one for each of 1"),
+        ({"checkpoint": "./no/where", **DECLARED}, "methods.x.checkpoint: found './no/where', expected a folder that"),
+        ({"algorithm": "bc", "cost": {}}, "methods.x.cost: found it without `checkpoint`, expected none"),
+        (
+            {"checkpoint": "dpo", **DECLARED, "planner": {"scorer": "x"}},
+            "x.planner.scorer: found 'x', which has no value",
+        ),
+    ],
+)
+def test_a_wrong_checkpoint_surfaces_before_anything_is_trained(world, entry, message):
+    world.settings["methods"]["x"] = entry
+    with pytest.raises(InputError, match=message):
+        run(world)
+    assert not world.trained
+
+
+def test_a_train_file_is_a_method_and_the_comparison_may_override_it(world, tmp_path, monkeypatch):
+    seen, stand_in = [], runs.train
+
+    def noted(algorithm, model, data, args):
+        seen.append((algorithm, model, data, args))
+        return stand_in(algorithm, model, data, args)
+
+    monkeypatch.setattr(runs, "train", noted)
+    file = tmp_path / "ilql.yaml"
+    settings = {
+        "algorithm": "ilql",
+        "model": {"path": "gpt2"},
+        "data": {"train": world.settings["data"]["train"]},
+        "args": {"output_dir": "elsewhere", "seed": 4, "expectile": 0.6, "max_steps": 9, "use_cpu": True},
+    }
+    file.write_text(json.dumps(settings))
+    world.settings["methods"]["ilql"] = {"train": str(file), "args": {"max_steps": 3}}
+    run(world, args__learning_rate=0.5)
+    algorithm, model, data, args = seen[1]
+    assert (algorithm, model.path, model.scratch) == ("ilql", "gpt2", None) and data.train == settings["data"]["train"]
+    assert (args.expectile, args.max_steps, args.seed) == (0.6, 3, 0) and args.learning_rate != 0.5
+    assert args.output_dir == str(world.out / "runs" / "ilql-0")
+    (row, *_) = [row for row in run_rows(world) if row["method"] == "ilql"]
+    assert row["config"]["method"][0]["args"] == {"expectile": 0.6, "max_steps": 3, "use_cpu": True}
+    for change, message in (
+        (
+            {"data": {"train": "other.jsonl"}},
+            "ilql.yaml: data.train: found 'other.jsonl', expected '.* as in the comp",
+        ),
+        (
+            {"environment": {"name": "maze"}},
+            "ilql.yaml: environment: found {'name': 'maze'}, expected {'name': 'gamble'}",
+        ),
+        ({"algorithm": None}, "ilql.yaml: algorithm: found None, expected a name"),
+        ({"methods": {}}, "methods.ilql.train: .*ilql.yaml: found 'methods', expected one of"),
+        ({"args": 3}, "ilql.yaml: args: found 3, expected a mapping"),
+    ):
+        file.write_text(json.dumps(settings | change))
+        with pytest.raises(InputError, match=message):
+            run(world)

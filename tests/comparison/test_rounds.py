@@ -9,8 +9,8 @@ from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.compare import run_compare
 from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
 from offline_lmrl.comparison.methods import CollectConfig, MethodConfig
-from offline_lmrl.comparison.report import read_results
 from offline_lmrl.comparison.rounds import train_in_rounds
+from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError

@@ -177,3 +177,18 @@ def test_without_peft_a_lora_folder_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r"pip install 'offline_lmrl\[peft\]'"):
         load_model(tmp_path)
+
+
+def test_an_adapter_of_another_library_plays_and_heads_without_their_metadata_are_refused(tmp_path):
+    base = tiny_model("gpt2")
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False),
+    ).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 2, 3]])
+    assert_close(load_model(tmp_path / "adapter").eval()(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    (tmp_path / "adapter" / "value_heads.safetensors").touch()
+    with pytest.raises(InputError, match="offline_lmrl.json: not found, but it describes value_heads.safetensors"):
+        load_model(tmp_path / "adapter")

@@ -12,7 +12,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens import comparison_batching
-from offline_lmrl.tokens.comparison_batching import encode_comparisons, encode_scored
+from offline_lmrl.tokens.comparison_batching import encode_comparisons
 from offline_lmrl.tokens.windows import WindowRule
 from tests.comparisons import RENDERER
 
@@ -50,7 +50,7 @@ def test_a_scored_reply_is_a_comparison_of_one_with_its_return_as_target():
     scored = Trajectory((*PAIR.context, Turn("assistant", "1", reward=2.5)))
     several = Trajectory((Turn("assistant", "call", reward=1.0), TOOL[1], Turn("assistant", "so 42", reward=3.0)))
     counts = Counter()
-    data = encode_scored(
+    data = encode_comparisons(
         [scored, several, Trajectory((Turn("assistant", "x" * 99, reward=1.0),))],
         RENDERER,
         WindowRule(max_length=60),
@@ -65,7 +65,7 @@ def test_a_scored_reply_is_a_comparison_of_one_with_its_return_as_target():
         assert batch[name][0][batch["attention_mask"][0]].equal(alone)
     assert batch["closing_mask"].sum(1).tolist() == [1, 2]
     with pytest.raises(InputError, match="found one without an agent turn"):
-        encode_scored([Trajectory((Turn("user", "hi"),))], RENDERER, WindowRule(), Counter())
+        encode_comparisons([Trajectory((Turn("user", "hi"),))], RENDERER, WindowRule(), Counter())
 
 
 def test_heads_are_read_at_the_closing_tokens_and_at_the_last():
@@ -129,16 +129,16 @@ def test_sampled_ids_are_used_where_they_are_this_tokenizers():
     assert tuple(foreign["input_ids"][0][foreign["action_mask"][0]].tolist()) == ids[1:]
 
 
-@pytest.mark.parametrize("encode_rows", [encode_comparisons, encode_scored])
-def test_two_processes_render_what_one_renders(monkeypatch, encode_rows):
-    if encode_rows is encode_comparisons:
+@pytest.mark.parametrize("kind", [Comparison, Trajectory])
+def test_two_processes_render_what_one_renders(monkeypatch, kind):
+    if kind is Comparison:
         rows = [replace((PAIR, RANKED)[i % 2], weight=(i + 1) / 3, labels={"strength": i / 7}) for i in range(60)]
     else:
         rows = [Trajectory((*PAIR.context, Turn("assistant", "x" * i, reward=i / 7))) for i in range(1, 60)]
     counts, short = (Counter(), Counter()), WindowRule(max_length=int(encode([PAIR]).lengths[0]) - 1)
-    one = encode_rows(rows, RENDERER, short, counts[0])  # as one chunk
+    one = encode_comparisons(rows, RENDERER, short, counts[0])  # as one chunk
     monkeypatch.setattr(comparison_batching, "_CHUNK", 7)
-    two = encode_rows(rows, RENDERER, short, counts[1], 2)
+    two = encode_comparisons(rows, RENDERER, short, counts[1], 2)
     assert counts[0] == counts[1] and sum(counts[0].values()) > 20  # some lose turns or are dropped
     for name, expected in vars(one).items():
         np.testing.assert_array_equal(vars(two)[name], expected, strict=True)
@@ -152,7 +152,7 @@ def test_a_full_temporary_folder_is_one_line(monkeypatch):
 
 def test_what_goes_wrong_in_another_process_is_the_same_error():
     with pytest.raises(InputError, match="found one without an agent turn"):
-        encode_scored([Trajectory((Turn("user", "hi"),))], RENDERER, WindowRule(), Counter(), 2)
+        encode_comparisons([Trajectory((Turn("user", "hi"),))], RENDERER, WindowRule(), Counter(), 2)
     with pytest.raises(InputError, match="found none that fits into max_length"):
         encode_comparisons([], RENDERER, WindowRule(), Counter(), 2)
 

@@ -32,8 +32,9 @@ def test_every_token_knows_its_episode_turn_and_place(experience):
 
 
 def test_what_is_added_comes_along_in_a_batch(experience):
-    column = torch.arange(len(experience.episode), dtype=torch.float32)
+    column, before = torch.arange(len(experience.episode), dtype=torch.float32), experience.windows
     experience.add(advantage=column)
+    assert "advantage" not in before.batch([1])["steps"]  # data sets stay as they were made
     assert torch.equal(experience.column("advantage"), column)
     steps = experience.windows.batch([1])["steps"]
     assert torch.equal(steps["advantage"], column[experience.places(np.array([1]))])

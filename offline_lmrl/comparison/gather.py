@@ -1,0 +1,244 @@
+"""Rows of several folders in one report: results of comparisons, and runs that `evaluate play` measured one by one.
+
+Rows are shown together if every run played the same episodes under the same decode budget; else they are refused with
+the setting that differs, and never mixed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from offline_lmrl.algorithms import ALGORITHMS
+from offline_lmrl.comparison.config import EvaluationConfig
+from offline_lmrl.comparison.measure import Played, Setting, result_row
+from offline_lmrl.comparison.methods import CostConfig, require_known
+from offline_lmrl.comparison.provenance import provenance
+from offline_lmrl.comparison.resolve import algorithm_of_run
+from offline_lmrl.comparison.rows import SCHEME, Row, as_lines, read_results
+from offline_lmrl.comparison.runs import FOREIGN, PLANNED, Entry, Run
+from offline_lmrl.decoding.planner import Planner
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.errors import InputError
+from offline_lmrl.evaluation.play import EvaluationResult
+from offline_lmrl.logs.files import locked, say_differences
+from offline_lmrl.logs.io import write_text
+
+EPISODES = ("episodes", "first_seed", "repeats", "cluster")  # settings of an evaluation that decide what is played
+LENGTH = "max_new_tokens"
+ONE_BY_ONE = "one_by_one"  # field of a row of kind "comparison": its runs were not made by one comparison
+
+
+def gather(folders: Sequence[str | Path], baseline: str | None = None) -> list[Row]:
+    """Return the rows of all folders as those of one comparison.
+
+    A method that several folders have under one name keeps it if its settings are the same and the training seeds
+    differ; else the folder is added to its name.
+
+    Args:
+      folders: folders with a results.jsonl.
+      baseline: method that differences are taken against; None = that of the first folder.
+    Raises: InputError if there are no results, or if they cannot be compared.
+    """
+    found = {str(folder): read_folder(folder) for folder in folders}
+    first = next(iter(found))
+    for folder, rows in found.items():
+        difference = say_differences(played_as(rows), played_as(found[first]))
+        if difference:
+            raise InputError(f"{folder}: {difference} as in {first}; runs that played otherwise cannot be compared")
+    rows = found[first] if len(found) == 1 else _joined(found)
+    if baseline is not None:
+        shown = rows[0]
+        require_known([baseline], {row["method"] for row in rows if row["kind"] == "run"}, "baseline")
+        rows = [{**shown, "baseline": baseline}, *rows[1:]]
+    return rows
+
+
+def read_folder(folder: str | Path) -> list[Row]:
+    """Return the rows in a folder, after checking that they belong together.
+
+    Raises: InputError if there is no results.jsonl, or if its rows belong to different comparisons.
+    """
+    source = Path(folder) / "results.jsonl"
+    if not source.is_file():
+        raise InputError(f"{source}: found no such file, expected the results of a comparison or of `evaluate play`")
+    rows = sorted(read_results(source), key=lambda row: row["kind"] != "comparison")
+    if not rows or rows[0]["kind"] != "comparison":
+        raise InputError(f"{source}: found no row of kind comparison, expected one")
+    refuse_mixed(rows, source)
+    return rows
+
+
+def played_as(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the settings that runs must share to be compared: environment, partner, episodes, longest reply.
+
+    Empty if no run has been measured yet.
+    """
+    config = next((row["config"] for row in rows if row["kind"] == "run"), None)
+    if config is None:
+        return {}
+    evaluation = config.get("evaluation", {})
+    return {
+        "environment": config.get("environment"),
+        "partner": config.get("partner"),
+        "evaluation": {name: evaluation.get(name) for name in EPISODES},
+        "decoding": {LENGTH: evaluation.get("decoding", {}).get(LENGTH)},
+    }
+
+
+def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
+    """Check that all rows of kind "run" can belong to one comparison.
+
+    They must agree in environment, partner and episodes. Those of a comparison must also agree in data and in the
+    whole evaluation; and those of one method and way of decoding must have equal configs.
+
+    Args:
+      rows: rows of results, of any kind.
+      source: path of their file, for the error message.
+    Raises: InputError that names the settings which differ.
+    """
+    runs = [row for row in rows if row["kind"] == "run"]
+    apart = any(row.get(ONE_BY_ONE) for row in rows)
+    own: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in runs:
+        mine = own.setdefault((row["method"], row["decode"]), row["config"])
+        shared = ("environment", "data", "partner", "evaluation")
+        every, expected = ({name: other["config"].get(name) for name in shared} for other in (row, runs[0]))
+        if apart:
+            every, expected = played_as([row]), played_as(runs)
+        difference = say_differences(every, expected) or say_differences(row["config"], mine)
+        if difference:
+            raise InputError(
+                f"{source}: {row['method']}: {difference}; the folder holds results or a report "
+                "of another comparison: move them away"
+            )
+
+
+def _joined(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Return the rows of several folders, the row of kind "comparison" first, then behaviours and so on."""
+    names = _names(found)
+    shown = {folder: rows[0] for folder, rows in found.items()}
+    configs = {folder: row["config"] for folder, row in shown.items()}
+    first = next(iter(shown))
+    config = {
+        **configs[first],
+        "methods": {
+            names.get((folder, name), name): method
+            for folder, config in configs.items()
+            for name, method in config["methods"].items()
+        },
+        **{key: {folder: config[key] for folder, config in configs.items()} for key in ("data", "model", "args")},
+    }
+    baseline = names.get((first, shown[first]["baseline"]), shown[first]["baseline"])
+    joined: list[Row] = [{**shown[first], "baseline": baseline, ONE_BY_ONE: True, "config": config}]
+    for kind in ("behaviour", "optimum", "run", "published"):
+        rows = [(folder, row) for folder, rows in found.items() for row in rows if row["kind"] == kind]
+        if kind == "run":
+            joined += [{**row, "method": names[folder, row["method"]]} for folder, row in rows]
+            continue
+        for i, (folder, row) in enumerate(rows):
+            others = [other for _, other in rows[:i] if other["method"] == row["method"]]
+            if row not in others:
+                joined.append({**row, "method": f"{row['method']} ({folder})"} if others else row)
+    return joined
+
+
+def _names(found: Mapping[str, Sequence[Row]]) -> dict[tuple[str, str], str]:
+    """Return the names of methods in a joint report: (folder, name there) -> name."""
+    runs: dict[str, dict[str, list[Row]]] = {}
+    for folder, rows in found.items():
+        for row in rows:
+            if row["kind"] == "run":
+                runs.setdefault(row["method"], {}).setdefault(folder, []).append(row)
+    names = {}
+    for name, by_folder in runs.items():
+        seeds = [seed for rows in by_folder.values() for seed in {row["seed"] for row in rows}]
+        every = [row for rows in by_folder.values() for row in rows]
+        made = {(row["decode"], json.dumps(row["config"], sort_keys=True)) for row in every}
+        same = len(set(seeds)) == len(seeds) and len(made) == len({decode for decode, _ in made})
+        alone = same or len(by_folder) == 1
+        names |= {(folder, name): name if alone else f"{name} ({folder})" for folder in by_folder}
+    return names
+
+
+# Runs that are measured one by one.
+
+
+def save_evaluation(
+    folder: Path,
+    run: str,
+    player: LanguagePolicy | Planner,
+    environment: Mapping[str, Any],
+    evaluation: EvaluationConfig,
+    result: EvaluationResult,
+) -> None:
+    """Add the play of a run to the results in a folder; rows of an earlier play of the same run are replaced.
+
+    Args:
+      folder: folder of the results; results.jsonl, episodes/ and samples/ are written into it.
+      run: the run directory, or the folder or hub name of a causal LM.
+      player: what played: the policy of the run, or a planner with it.
+      environment: `name` and settings of `make_environment`.
+      evaluation: the settings of the evaluation; `decoding` is taken from the player.
+      result: what it played.
+    Raises: InputError if the folder holds results of other play.
+    """
+    decoding = player.decoding
+    evaluation = replace(evaluation, decoding={LENGTH: decoding.max_new_tokens})
+    decode = PLANNED if isinstance(player, Planner) else "sampled" if decoding.temperature > 0 else "greedy"
+    setting = Setting(decode, "given" if decoding.beta and decode != PLANNED else None)
+    entry, data = _entry_of(run, asdict(decoding))
+    row = result_row(folder, evaluation, entry, Played(setting, decoding.beta, result, decoding.temperature))
+    config = {
+        "rows": SCHEME,
+        "environment": dict(environment),
+        "data": data,
+        "partner": None,
+        "evaluation": {name: value for name, value in asdict(evaluation).items() if name in (*EPISODES, "decoding")},
+        "method": entry.described,
+    }
+    row |= {"made": provenance(), "config": config}
+    with locked(folder):
+        earlier = read_folder(folder) if (folder / "results.jsonl").exists() else []
+        same = ("method", "seed", "decode", "beta_chosen")
+        rows = [*(old for old in earlier if old["kind"] == "run" and any(old[k] != row[k] for k in same)), row]
+        methods = {other["method"]: {"algorithm": other["algorithm"], "decoding": {}} for other in rows}
+        rows.sort(key=lambda other: list(methods).index(other["method"]))  # stable: the rows of a method in a block
+        shared = {name: config[name] for name in ("environment", "partner", "evaluation")}
+        comparison = {
+            "kind": "comparison",
+            ONE_BY_ONE: True,
+            "baseline": rows[0]["method"],
+            "labels": None,
+            "config": {**shared, "data": {}, "model": {}, "args": {}, "methods": methods},
+        }
+        refuse_mixed([comparison, *rows], folder / "results.jsonl")
+        write_text(folder / "results.jsonl", as_lines([comparison, *rows]))
+
+
+def _entry_of(run: str, decoding: dict[str, Any]) -> tuple[Entry, dict[str, Any] | None]:
+    """Return the entry of a run that is measured alone, and hashes of the data that it learnt from.
+
+    The method is called as the folder, without the training seed at its end.
+    """
+    algorithm, settings = algorithm_of_run(run), {}
+    if algorithm is not None:
+        settings = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
+    seed = settings.get("args", {}).get("seed", 0)
+    name = Path(run).resolve().name if Path(run).exists() else run
+    regime = "not declared" if algorithm is None else ALGORITHMS[algorithm].regime
+    cost = CostConfig() if algorithm is None else None
+    entry = Entry(
+        name.removesuffix(f"-{seed}"),
+        (seed,),
+        algorithm or FOREIGN,
+        Run(name, seed, run, name, cost=cost),
+        decoding=decoding,
+        regime=regime,
+        described=[{"algorithm": algorithm or FOREIGN, "decoding": decoding}],
+    )
+    hashes = settings.get("input_hashes")
+    return entry, hashes and {name: hashes.get(name) for name in ("train", "validation")}
