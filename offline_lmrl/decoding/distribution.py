@@ -314,7 +314,8 @@ class NextToken(NamedTuple):
     """The scores of the tokens that are possible next.
 
     scores: (..., K), fp32 or float64; −inf for tokens that were dropped.
-    ids: token id of each column, (..., K), distinct in each state; None = column c is token c.
+    ids: token id of each column, (..., K); None = column c is token c. Only dropped columns repeat a token, that of
+      the column before.
     """
 
     scores: Tensor
@@ -325,7 +326,7 @@ class NextToken(NamedTuple):
         if self.ids is None:
             return self.scores
         everything = self.scores.new_full((*self.scores.shape[:-1], vocabulary), -torch.inf)
-        return everything.scatter(-1, self.ids, self.scores)
+        return everything.scatter_reduce(-1, self.ids, self.scores, "amax")
 
 
 def next_token(
@@ -355,7 +356,7 @@ def _possible(scores: Tensor, form: Form) -> NextToken:
     """Reduce filtered scores (..., V) to columns for the tokens that are left, so that terms are computed for these.
 
     With n such tokens in the state that has the most, there are K columns, where K is n rounded up to a power of two,
-    so that few shapes occur. In states with fewer than K such tokens, the other columns are dropped tokens (−inf).
+    so that few shapes occur. In states with fewer than K such tokens, the other columns are dropped (−inf).
     Columns are in the order of the vocabulary, or, with `candidates` or `top_k`, the most probable token comes first.
     On a GPU all tokens have columns, or `candidates` or `top_k` of them, because to count them would wait for the GPU.
     """
@@ -366,17 +367,18 @@ def _possible(scores: Tensor, form: Form) -> NextToken:
     counted = form.support > 0 or form.top_p is not None or form.min_p is not None
     if not counted or scores.device.type != "cpu":
         return NextToken(best, ids)
-    left = (best > -torch.inf).flatten(0, -2)
-    count = left.sum(-1, keepdim=True, dtype=torch.int32)
+    left = best > -torch.inf
+    count = left.sum(-1, keepdim=True)
     columns = 1 << (int(count.max()) - 1).bit_length()
     if columns >= most:
         return NextToken(best, ids)
     if ids is not None:
         return NextToken(best[..., :columns], ids[..., :columns])
-    if LOOKUP_COST * columns * len(left) > vocabulary:
+    # To look Q of a token up for one state costs several times as much as to compute it in passing for all.
+    if LOOKUP_COST * int(count.sum()) > vocabulary:
         return NextToken(scores, None)
-    # The first dropped tokens of each state fill it up to K. They are among its first 2K tokens.
-    start = left[:, : 2 * columns]
-    start |= (~start).cumsum(-1) <= columns - count
-    ids = left.nonzero()[:, 1].view(*scores.shape[:-1], columns)
-    return NextToken(scores.gather(-1, ids), ids)
+    # The tokens that are left, state after state. Where a state has no more of them, its last one is repeated.
+    tokens, end = left.nonzero()[:, -1], count.flatten().cumsum(0).view_as(count)
+    column = torch.arange(columns, device=scores.device)
+    ids = tokens[(end - count + column).clamp(max=end - 1)]
+    return NextToken(scores.gather(-1, ids).masked_fill(column >= count, -torch.inf), ids)

@@ -196,7 +196,16 @@ class QHead:
         """Multiply features (H,N,K) by the rows of candidates (N,C), without a bias; return (H,N,C)."""
         if candidates.shape[1] == 1:
             return (features.unsqueeze(2) * self.rows(matrix, candidates)).sum(-1)
-        # States share most of their candidates, so it is cheaper to look up and widen each row once for all states.
+        if candidates.numel() < matrix.shape[0]:
+            # Few states: only the rows of each are read. They fit into the processor's cache and are multiplied there.
+            # Neighbouring candidates that are equal fill up the columns of a state (`next_token`).
+            q = features.new_empty(len(features), *candidates.shape)
+            for n, ids in enumerate(candidates):
+                tokens, column = ids.unique_consecutive(return_inverse=True)
+                rows = self.rows(matrix, tokens.unsqueeze(0)).squeeze(1)
+                q[:, n] = torch.einsum("hk,hck->hc", features[:, n], rows)[:, column]
+            return q
+        # Many states share most of their candidates, so it is cheaper to look up and widen each row once for all.
         tokens, column = candidates.unique(return_inverse=True)
         q = torch.einsum("hnk,hvk->hnv", features, self.rows(matrix, tokens.unsqueeze(0)).squeeze(1))
         return q.gather(-1, column.expand(len(q), -1, -1))

@@ -56,8 +56,8 @@ class Experience:
         of_window: list[int] = []  # index of each window's trajectory
 
         def numbered() -> Iterator[Window]:
-            shown = repeat(()) if few_shot is None else few_shot
-            for number, (trajectory, ids) in enumerate(zip(trajectories, shown, strict=few_shot is not None)):
+            before = repeat(()) if few_shot is None else few_shot
+            for number, (trajectory, ids) in enumerate(zip(trajectories, before, strict=few_shot is not None)):
                 for window in encoder.encode(trajectory, counts, ids):
                     of_window.append(number)
                     yield window

@@ -193,9 +193,9 @@ def asked_for(logits, form, q=MANY_Q):
 def test_terms_are_computed_for_the_survivors_only():
     form = Form(beta=2.0, support=0.1)
     expected = (SHARES.log() + 2 * MANY_Q.amin(0)).masked_fill(SHARES < 0.1, -math.inf).log_softmax(-1)
-    # three survivors, rounded up to four columns, which the first dropped tokens fill up
+    # three survivors, rounded up to four columns, which the last survivor fills up
     found, ids = asked_for(SHARES.log() - 9, form)
-    assert ids.tolist() == [[0, 3, 40, 63], [0, 1, 2, 7]]
+    assert ids.tolist() == [[3, 40, 63, 63], [7, 7, 7, 7]]
     assert_close(found, expected)
     found, ids = asked_for(SHARES.log()[None], form, MANY_Q[:, None])
     assert ids.shape == (1, 2, 4)
