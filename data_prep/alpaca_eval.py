@@ -8,6 +8,7 @@ target to 1 (Luce's choice rule, which reproduces every p). Other rows stay pair
 """
 
 import math
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from itertools import combinations
 from typing import Any
 
 from data_prep.comparisons import ComparisonImporter
+from data_prep.source import Found, Report, Splits
 from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison_checks import Feature
@@ -62,8 +64,8 @@ class AlpacaEval(ComparisonImporter):
         "this much higher than for the other; null = write comparisons of all outputs",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         require(
             self.min_gap is None or self.min_gap >= 0,
             f"min_gap: found {self.min_gap}, expected a number from 0 up, or null",
@@ -81,7 +83,7 @@ class AlpacaEval(ComparisonImporter):
         labels = {name: row[name] for name in KEPT if isinstance(row.get(name), str)}
         return Judged(instruction, tuple(outputs), tuple(generators), preference, labels)
 
-    def assemble(self, found: dict[str, list[Judged]], report: dict[str, Any]) -> Mapping[str, Sequence[Comparison]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Compare all outputs of an instruction."""
         counts: Counter[str] = Counter()
         comparisons: dict[str, list[Comparison]] = {}
@@ -98,7 +100,7 @@ class AlpacaEval(ComparisonImporter):
         report["assembled"] = dict(+counts)
         return comparisons
 
-    def features(self, found: Mapping[str, Sequence[Judged]]) -> Mapping[str, Feature]:
+    def features(self, found: Found) -> Mapping[str, Feature]:
         """Count how often the reply wins whose author is preferred more often over the reference."""
         values = defaultdict(list)
         for row in (row for rows in found.values() for row in rows):
@@ -152,23 +154,20 @@ def _star(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Compa
         inward by _CERTAIN.
     """
     preferences: dict[str, list[float]] = defaultdict(list)
-    authors: dict[str, list[str]] = defaultdict(list)
+    authors: dict[str, dict[str, None]] = defaultdict(dict)  # the models that wrote a text, each once
     for row in rows:
         other = row.outputs[0] if row.outputs[1] == reference else row.outputs[1]
         preferences[other].append(row.preference if row.outputs[1] == other else 1 - row.preference)
         for text, generator in zip(row.outputs, row.generators, strict=True):
-            if generator not in authors[text]:
-                authors[text].append(generator)
-    repeats = len(rows) - len(preferences)
-    if repeats:
-        counts["rows averaged with another on the same two outputs"] += repeats
+            authors[text][generator] = None
     mean = {text: math.fsum(values) / len(values) for text, values in preferences.items()}
-    odds = [1.0]
-    for preference in mean.values():
-        bounded = min(max(preference, _CERTAIN), 1 - _CERTAIN)
-        if bounded != preference:
-            counts[f"preferences of 0 or 1 moved inward by {_CERTAIN:g}"] += 1
-        odds.append(bounded / (1 - bounded))
+    bounded = [min(max(preference, _CERTAIN), 1 - _CERTAIN) for preference in mean.values()]
+    repairs = {
+        "rows averaged with another on the same two outputs": len(rows) - len(preferences),
+        f"preferences of 0 or 1 moved inward by {_CERTAIN:g}": sum(map(operator.ne, bounded, mean.values())),
+    }
+    counts.update(+Counter(repairs))
+    odds = [1.0, *(preference / (1 - preference) for preference in bounded)]
     total = math.fsum(odds)
     context = (Turn("user", rows[0].instruction),)
     texts = [reference, *mean]

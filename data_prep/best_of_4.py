@@ -41,8 +41,8 @@ class BestOf4(ComparisonImporter):
 
     loaded: PreTrainedTokenizerBase = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         object.__setattr__(self, "loaded", load_tokenizer(self.tokenizer))
 
     def read(self, row: Record) -> Comparison:

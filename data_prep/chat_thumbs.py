@@ -15,10 +15,11 @@ number of replies with a thumb.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_prep.source import Found, Report, Splits
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import require, shown
 from offline_lmrl.logs.forms import build_trajectory
@@ -77,9 +78,7 @@ class ChatThumbs(TrajectoryImporter):
         agent_turns = sum(turn.role == "assistant" for turn in turns)
         return replace(made, labels={**made.labels, "reactions": reactions, "agent_turns": agent_turns})
 
-    def assemble(
-        self, found: dict[str, list[Trajectory]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Trajectory]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Add to the report the number of replies with a thumb."""
         rows = [row for some in found.values() for row in some]
         rewards = Counter(turn.reward for row in rows for turn in row.turns)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.source import Importer, part, prepared, require_no_other_splits, separate, write_json
+from data_prep.source import Found, Importer, Report, part, prepared, require_no_other_splits, separate, write_json
 from offline_lmrl.logs.comparison import Comparison, to_record
 from offline_lmrl.logs.comparison_checks import Feature, count_features, merge_repeats, summary
 from offline_lmrl.logs.files import staging
@@ -34,7 +34,7 @@ _CHUNK = 500  # rows that a process reads at once
 class ComparisonImporter(Importer):
     """An importer whose rows are comparisons."""
 
-    def features(self, found: Mapping[str, Sequence[Any]]) -> Mapping[str, Feature]:
+    def features(self, found: Found) -> Mapping[str, Feature]:
         """Return name -> function (comparison, index of an option) that returns a number.
 
         For each feature the report counts how often the option with the larger number is preferred, in addition to
@@ -45,7 +45,7 @@ class ComparisonImporter(Importer):
         """
         return {}
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Report:
         """Read all rows, merge repeated comparisons, split by group, and write <split>.jsonl and report.json."""
         found, report = self.import_rows()
         made = self.assemble(found, report)
@@ -59,7 +59,7 @@ class StreamingImporter(ComparisonImporter):
 
     processes: int = setting(1, "number of processes that read rows")
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Report:
         """Read the rows with several processes, and publish them."""
         parts = raw_splits(self.input)
         counts: Counter[str] = Counter()

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.source import FileSource, write_trajectories
+from data_prep.source import FileSource, Report, write_trajectories
 from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.record import Drop, drop_if
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -112,7 +112,7 @@ class DealOrNoDeal(FileSource):
         "whose scenario is in tune, validation or test is left out",
     )
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Report:
         """Read the files, and write the splits and their scenarios."""
         files = _files(Path(self.input))
         report: dict[str, Any] = {"files": {}}

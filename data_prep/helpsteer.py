@@ -15,11 +15,12 @@ whose prompt has no other response are left out. The lists of single annotators 
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from data_prep.comparisons import ComparisonImporter
+from data_prep.source import Found, Report, Splits
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.messages import read_turns
@@ -68,7 +69,7 @@ class HelpSteer(ComparisonImporter):
         ratings = {name: row.number(name) for name in RATINGS}
         return Rated(_prompt(row.text("prompt")), row.words("response", "empty response"), ratings)
 
-    def assemble(self, found: dict[str, list[Any]], report: dict[str, Any]) -> Mapping[str, Sequence[Comparison]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Make one comparison of all rated responses to a prompt; divide the rows into the splits that they name."""
         made: dict[str, list[Comparison]] = defaultdict(list)
         counts: Counter[str] = Counter()

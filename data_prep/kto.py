@@ -9,10 +9,9 @@ A row is `prompt, completion, label`, TRL's unpaired preference. How rows are re
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from data_prep.source import Found, Report, Splits
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import require
 from offline_lmrl.logs.forms import build_trajectory
@@ -47,9 +46,7 @@ class Kto(TrajectoryImporter):
         )
         return replace(made, labels={**made.labels, "label": label})
 
-    def assemble(
-        self, found: dict[str, list[Trajectory]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Trajectory]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Add to the report the numbers of true and false labels and the weights that balance them."""
         counts = Counter(row.total_return > 0 for rows in found.values() for row in rows)
         report["labels"] = {"true": counts[True], "false": counts[False]}

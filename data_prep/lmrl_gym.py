@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from data_prep.source import Found, Report, Splits
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import content_key
@@ -82,8 +83,8 @@ class LmrlGym(TrajectoryImporter):
         "than any other ended by itself. null = `done` decides",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         require(
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps: found {self.max_steps}, expected a number from 1 up, or null",
@@ -111,9 +112,7 @@ class LmrlGym(TrajectoryImporter):
         drop_if(done is None, "a game without a value of done")
         return _game(parts, done, row.others(_USED))
 
-    def assemble(
-        self, found: dict[str, list[Trajectory | Move]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Trajectory]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Join moves to games, and mark the games that were cut."""
         counts: Counter[str] = Counter()
         made: dict[str, list[Trajectory]] = {}

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.source import Source, write_shares
+from data_prep.source import Report, Source, write_shares
 from offline_lmrl.errors import require
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.settings import setting
@@ -41,11 +41,11 @@ class MazeLogs(Source):
     )
     episodes: int = setting(1240, "number of episodes, 1,240 in the published logs")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         require(self.episodes >= 1, f"episodes: found {self.episodes}, expected at least 1")
 
-    def make(self) -> dict[str, float]:
+    def make(self) -> Report:
         """Play and write the episodes."""
         trajectories = logs(self.observed, self.episodes, self.seed)
         return write_shares(self.output, trajectories, self.seed, _report(trajectories))

@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from data_prep.comparisons import ComparisonImporter
-from data_prep.source import Importer, count_row
+from data_prep.source import Found, Importer, Report, Splits, count_row
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import parsed
@@ -100,7 +100,7 @@ class MessageImporter(Importer):
         ]
         return [replace(message, group=name) for message, name in zip(one, groups, strict=True)]
 
-    def assemble(self, found: dict[str, list[list[Message]]], report: dict[str, Any]) -> Mapping[str, Sequence[Any]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Connect the messages, and make rows of the replies."""
         counts: Counter[str] = Counter()
         replies = {split: list(connect(chain.from_iterable(rows), counts)) for split, rows in found.items()}

@@ -33,7 +33,7 @@ class OasstRatings(MessageImporter, TrajectoryImporter):
     def rows_of(self, replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Trajectory]:
         """Yield a trajectory of each rated reply."""
         for before, reply in replies:
-            score = _quality(reply) if self.reward == "quality" else _thumbs(reply)
+            score = reply.labels["labels"].get("quality") if self.reward == "quality" else _thumbs(reply)
             if score is None:
                 counts[f"replies without {self.reward}"] += 1
                 continue
@@ -46,10 +46,6 @@ class OasstRatings(MessageImporter, TrajectoryImporter):
     def expected_replies(self, counts: Counter[str]) -> str:
         """Return the end of the error message for messages without rated replies."""
         return f"no reply with {self.reward} ({dict(counts)}), expected one or more"
-
-
-def _quality(reply: Message) -> float | None:
-    return reply.labels["labels"].get("quality")
 
 
 def _thumbs(reply: Message) -> float | None:

@@ -4,10 +4,9 @@ Each reply has a gold reward: the true reward, which is known but hidden from th
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from data_prep.comparisons import open_buckets
-from data_prep.source import VALIDATION_SHARE, Source, check_share
+from data_prep.source import VALIDATION_SHARE, Report, Source, check_share
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks.pref_gold import PrefGold
 
@@ -29,11 +28,11 @@ class PrefGoldPairs(Source):
     gold_seed: int = setting(0, "random seed from which the gold rewards of all replies are made")
     validation: float = setting(VALIDATION_SHARE, "share of the pairs that goes to validation")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         check_share(self.validation)
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Report:
         """Draw the pairs and write them."""
         noise = {"temperature": self.temperature, "flips": self.flips, "tie": self.tie}
         rows = {"all": PrefGold(self.gold_seed).comparisons(self.pairs, self.seed, **noise)}

@@ -8,10 +8,10 @@ A row is one transcript and its rating. How rows are read:
 - The group is the first message. All other fields are in the labels, the team member as `annotator`.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
+from data_prep.source import Found, Report, Splits
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.logs.preference_forms import is_transcript, root_group, transcript
 from offline_lmrl.logs.record import Record, drop_if
@@ -50,9 +50,7 @@ class RedTeam(TrajectoryImporter):
             labels["annotator"] = labels.pop(_MEMBER)
         return Trajectory(tuple(turns), group=root_group(turns), task="red-team", source="red-team", labels=labels)
 
-    def assemble(
-        self, found: dict[str, list[Trajectory]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Trajectory]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Add to the report how replies were rewarded."""
         report["reward"] = self.reward
         return found

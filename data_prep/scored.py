@@ -4,10 +4,9 @@ Nothing is changed except for the repairs described there, which are counted. Th
 hash of its first user turn.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from data_prep.source import Found, Report, Splits
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import require
 from offline_lmrl.logs.forms import no_score, read_row
@@ -33,9 +32,7 @@ class Scored(TrajectoryImporter):
         own = made.group if row.get("group") is not None else root_group(made.turns)
         return replace(made, group=own, source=made.source or "scored")
 
-    def assemble(
-        self, found: dict[str, list[Trajectory]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Trajectory]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Check that some row has the column with the scores."""
         lacking = report["kept as it is"].get(no_score(str(self.reward)).removeprefix("kept: "))
         require(

@@ -11,12 +11,12 @@ A row is a post, `history`, with two comments A and B, and `labels`, which is 1 
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.groups import join_groups
+from data_prep.source import Found, Report, Splits
 from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import group_key
@@ -35,8 +35,8 @@ class Shp(ComparisonImporter):
     min_ratio: float = setting(1.0, "smallest ratio of the votes of a pair that is kept, from 1 up")
     max_pairs: int | None = setting(5, "largest number of pairs of one post; null = all")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         require(self.min_ratio >= 1, f"min_ratio: found {self.min_ratio}, expected a number from 1 up")
         require(
             self.max_pairs is None or self.max_pairs >= 1,
@@ -71,9 +71,7 @@ class Shp(ComparisonImporter):
             labels={**row.known("domain"), "strength": math.log(ratio), "options": options},
         )
 
-    def assemble(
-        self, found: dict[str, list[Comparison]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Comparison]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Join the groups of a post, and keep its pairs with the highest ratios."""
         made = join_groups(found) if self.group is None else found
         if self.max_pairs is None:

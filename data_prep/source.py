@@ -5,7 +5,6 @@ Every row of an importer's source is imported or dropped for a named reason, and
 """
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.files import locked, staging, writing
+from offline_lmrl.logs.files import locked, move_into, staging, writing
 from offline_lmrl.logs.io import REPORT, Row, group_key, parsed, raw_splits, split_by_group, write_text
 from offline_lmrl.logs.io import write_trajectories as write_rows
 from offline_lmrl.logs.record import Drop, Record
@@ -24,6 +23,9 @@ from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.settings import setting
 
 VALIDATION_SHARE = 0.1
+Found = dict[str, list[Any]]  # the results of `read` by split of the source
+Splits = Mapping[str, Sequence[Any]]  # rows by split
+Report = dict[str, Any]
 _FOUND = re.compile(r"(?P<field>.*?): found .*, expected (?P<expected>.*)", re.DOTALL)
 
 
@@ -38,9 +40,25 @@ class Source:
     seed: int = setting(0, "random seed of the data and of the split")
 
     def __post_init__(self) -> None:
-        require(self.output != "", "output: found empty text, expected a path")
+        given = vars(self)
+        for name in ("input", "output"):
+            require(given.get(name) != "", f"{name}: found empty text, expected a path")
+        check_share(given.get("validation", 0))
+        if "input" in given:
+            source, output = Path(given["input"]).resolve(), Path(self.output).resolve()
+            require(
+                output not in (source, source.parent if source.is_file() else None),
+                f"output: found {self.output}, which is or contains the input, expected another folder",
+            )
+        self.check()
 
-    def prepare(self) -> dict[str, Any]:
+    def check(self) -> None:
+        """Check the settings of a subclass.
+
+        Raises: InputError for a setting that cannot be used.
+        """
+
+    def prepare(self) -> Report:
         """Write the data and report.json, and return the content of report.json.
 
         Raises: InputError if nothing can be read or made, or the output cannot be written.
@@ -48,7 +66,7 @@ class Source:
         with locked(self.output):
             return self.make()
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Report:
         """Make and write the data while the output folder is locked; return the content of report.json."""
         raise NotImplementedError
 
@@ -60,15 +78,6 @@ class FileSource(Source):
     input: str | Path = setting(
         MISSING, "a file (JSON Lines, JSON, CSV, TSV or Parquet), a folder of them, a datasets folder or a hub name"
     )
-
-    def __post_init__(self) -> None:
-        require(self.input != "", "input: found empty text, expected a path")
-        super().__post_init__()
-        source, output = Path(self.input).resolve(), Path(self.output).resolve()
-        require(
-            output not in (source, source.parent if source.is_file() else None),
-            f"output: found {self.output}, which is or contains the input, expected another folder",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +95,6 @@ class Importer(FileSource):
         "column by which rows are kept together in one split, such as a customer; null = the prompt or conversation",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share(self.validation)
-
     def read(self, row: Record) -> Any:
         """Make a row of training data of a row of the source, whose repairs are counted in `row.repairs`.
 
@@ -100,11 +105,11 @@ class Importer(FileSource):
         """
         raise NotImplementedError
 
-    def assemble(self, found: dict[str, list[Any]], report: dict[str, Any]) -> Mapping[str, Sequence[Row]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Make the final rows by split of the results of `read` by split, and add facts about them to the report."""
         return found
 
-    def import_rows(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    def import_rows(self) -> tuple[Found, Report]:
         """Apply `read` to each row.
 
         Returns: the results by split of the source ("all" if it has no splits), and the entries with which the report
@@ -147,7 +152,7 @@ class Importer(FileSource):
             return (*one[:-1], self.grouped(one[-1], row))
         return replace(one, group=row.group(self.group))
 
-    def counted(self, counts: Counter[str]) -> dict[str, Any]:
+    def counted(self, counts: Counter[str]) -> Report:
         """Return the entries with which a report begins: counts of rows read, imported, dropped and repaired.
 
         Raises: InputError if no row was imported.
@@ -257,9 +262,7 @@ def prepared(output: str | Path) -> Iterator[Path]:
             yield folder
         except InputError as error:  # name the user's folder instead of the staging folder
             raise InputError(str(error).replace(str(folder), str(output))) from error
-        (output / REPORT).unlink(missing_ok=True)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == REPORT):
-            os.replace(path, output / path.name)
+        move_into(folder, output, [REPORT])
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -270,9 +273,9 @@ def write_json(path: Path, content: Any) -> None:
 def write_trajectories(
     output: str | Path,
     splits: Mapping[str, Sequence[Trajectory]],
-    report: dict[str, Any],
+    report: Report,
     files: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Write <split>.jsonl of each split that is not empty, and report.json; return the report.
 
     Args:
@@ -287,7 +290,7 @@ def write_trajectories(
     return report
 
 
-def write_shares(output: str | Path, rows: Sequence[Trajectory], seed: int, report: dict[str, Any]) -> dict[str, Any]:
+def write_shares(output: str | Path, rows: Sequence[Trajectory], seed: int, report: Report) -> Report:
     """Write a share of the groups to validation.jsonl and the others to train.jsonl, and report.json."""
     shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
     return write_trajectories(output, split_by_group(rows, shares, seed), report)

@@ -29,8 +29,8 @@ class Stepwise(TrajectoryImporter):
     right: float = setting(1.0, "reward of a right step")
     wrong: float = setting(-1.0, "reward of a wrong step; less than `right`")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         require(self.wrong < self.right, f"wrong: found {self.wrong}, expected a number below right ({self.right})")
 
     def read(self, row: Record) -> Trajectory:

@@ -11,8 +11,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from data_prep.source import Found, Report, Splits
 from data_prep.summarize_comparisons import SPLITS, by_own_split, read_info, read_summary
 from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import require
@@ -39,8 +39,8 @@ class SummarizeAxes(TrajectoryImporter):
     coherence: float = setting(0.0, "weight of this axis in the reward")
     centre: bool = setting(True, "subtract from each reward the mean reward of the post's summaries")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         require(
             self.weights,
             f"overall: found weights of 0 on all of {', '.join(AXES)}, expected another weight on at least one of "
@@ -78,9 +78,7 @@ class SummarizeAxes(TrajectoryImporter):
             labels=labels,
         )
 
-    def assemble(
-        self, found: dict[str, list[tuple[str, Trajectory]]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Trajectory]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Divide the rows into the splits that they name, join the groups of a post, and centre its rewards."""
         report["weights"] = self.weights
         made = by_own_split(found, join=self.group is None)

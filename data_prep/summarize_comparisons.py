@@ -20,6 +20,7 @@ from typing import Any
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.groups import join_groups
+from data_prep.source import Found, Report, Splits
 from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison_checks import Feature
@@ -73,13 +74,11 @@ class SummarizeComparisons(ComparisonImporter):
             labels=labels,
         )
 
-    def assemble(
-        self, found: dict[str, list[tuple[str, Comparison]]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Comparison]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Divide the rows into the splits that they name, and join the groups of a post."""
         return by_own_split(found, join=self.group is None)
 
-    def features(self, found: Mapping[str, Sequence[tuple[str, Comparison]]]) -> Mapping[str, Feature]:
+    def features(self, found: Found) -> Mapping[str, Feature]:
         """Count how often a person's summary and that of the generally preferred policy win."""
         wins = win_rates([row for rows in found.values() for _, row in rows])
         return {

@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass
 
-from data_prep.source import VALIDATION_SHARE, Source, write_trajectories
+from data_prep.source import VALIDATION_SHARE, Report, Source, write_trajectories
 from offline_lmrl.environments.scripted import Toy
 from offline_lmrl.errors import require, shown
 from offline_lmrl.settings import setting
@@ -16,7 +16,7 @@ class Toys(Source):
     task: str = setting(MISSING, "corridor, gamble, count, count1, talk, talk_trap, hidden_rule or walk")
     episodes: int = setting(500, "number of training episodes")
 
-    def make(self) -> dict[str, float]:
+    def make(self) -> Report:
         """Play the episodes; those of validation have the next seed."""
         made = make_environment(self.task)
         environment = made() if callable(made) else made

@@ -7,9 +7,8 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from data_prep.source import Importer, require_no_other_splits, separate, write_trajectories
+from data_prep.source import Importer, Report, require_no_other_splits, separate, write_trajectories
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison_checks import baselines, data_faults
 from offline_lmrl.logs.io import group_key
@@ -21,7 +20,7 @@ from offline_lmrl.tokens.checks import check
 class TrajectoryImporter(Importer):
     """An importer whose rows are scored trajectories."""
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Report:
         """Read all rows, split by group, and write <split>.jsonl and report.json."""
         found, report = self.import_rows()
         splits, removed = separate(self.assemble(found, report), self.validation, self.seed)

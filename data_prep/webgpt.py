@@ -12,12 +12,11 @@ much it is preferred to the other answer. How rows are read:
 """
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.groups import join_groups
+from data_prep.source import Found, Report, Splits
 from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.record import Record, drop_if
@@ -54,9 +53,7 @@ class WebGpt(ComparisonImporter):
             labels={**question.known("id", "dataset"), "options": [{"score": score} for score in scores]},
         )
 
-    def assemble(
-        self, found: dict[str, list[Comparison]], report: dict[str, Any]
-    ) -> Mapping[str, Sequence[Comparison]]:
+    def assemble(self, found: Found, report: Report) -> Splits:
         """Join the groups of a question."""
         return join_groups(found) if self.group is None else found
 

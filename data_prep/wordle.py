@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from data_prep.source import Source, write_shares
+from data_prep.source import Report, Source, write_shares
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced, check_episodes
 from offline_lmrl.errors import InputError, shown
@@ -62,11 +62,11 @@ class WordleLogs(Source):
         "number of games; for adversarial and branching, number of expert games. The published logs have a million",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check the settings."""
         check_episodes(self.episodes)
 
-    def make(self) -> dict[str, float]:
+    def make(self) -> Report:
         """Play and write the games."""
         counts: Counter[str] = Counter()
         known = read_words(self.words, counts)

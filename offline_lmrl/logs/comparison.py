@@ -68,7 +68,7 @@ class Comparison:
         require(weight > 0, f"weight: found {weight}, expected a number above 0")
         object.__setattr__(self, "weight", weight)
         for name in ("group", "source"):
-            require_text(name, getattr(self, name))
+            require_text(name, vars(self)[name])
         _check_labels(self.labels, len(self.options))
 
     @property

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,21 @@ def sync_entry(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def move_into(staged: Path, folder: Path, last: Collection[str]) -> None:
+    """Move the files of a staging folder into a folder, one by one, and remove the staging folder.
+
+    Args:
+      last: names of the files without which the folder counts as not finished. They are removed first and moved last,
+        so that nobody takes a half-finished move for a whole one.
+    """
+    for name in last:
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(staged.iterdir(), key=lambda path: path.name in last):
+        sync(path)
+        os.replace(path, folder / path.name)
+    staged.rmdir()
 
 
 @contextmanager

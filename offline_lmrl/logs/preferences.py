@@ -19,7 +19,7 @@ import numpy as np
 from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import group_key
-from offline_lmrl.logs.protocols import Scorer
+from offline_lmrl.logs.protocols import Scorer, optional
 from offline_lmrl.logs.trajectory import Trajectory, Turn, finite, message_of, shown
 
 RewardKind = Literal["sign", "prob", "strength", "rank", "bt", "rating"]
@@ -158,7 +158,7 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
 
 def origin_of(scorer: Scorer) -> Any:
     """Return the scorer's `origin` (the name or specification that it was loaded from), or else its class name."""
-    return getattr(scorer, "origin", type(scorer).__name__)
+    return optional(scorer, "origin") or type(scorer).__name__
 
 
 def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
@@ -170,7 +170,7 @@ def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
 
     Raises: InputError for scores that are not one finite number per option.
     """
-    together = getattr(scorer, "score_each", None)
+    together = optional(scorer, "score_each")
     found = together(rows) if together else [scorer.score(*row) for row in rows]
     scores = [np.asarray(values, dtype=float) for values in found]
     for values, (_, options) in zip(scores, rows, strict=True):
@@ -356,26 +356,26 @@ def _normalised(
       raw: raw rewards per comparison and option.
       keys: the group of each comparison.
     """
-    if normalise == "global":
-        everything = [value for values in raw for value in values]
-        shift, scale = float(np.mean(everything)), float(np.std(everything)) or 1.0
-        return [[((value - shift) / scale, {"shift": shift, "scale": scale}) for value in values] for values in raw]
+    keys = ["" if normalise == "global" else key for key in keys]
     groups: dict[str, list[float]] = defaultdict(list)
     for key, values in zip(keys, raw, strict=True):
         groups[key] += values
-    if normalise == "group":
-        means = {key: math.fsum(values) / len(values) for key, values in groups.items()}
-        return [
-            [(value - means[key], {"shift": means[key], "scale": 1.0}) for value in values]
-            for key, values in zip(keys, raw, strict=True)
-        ]
     if normalise == "rank":
         ordered = {key: np.sort(values) for key, values in groups.items()}
         return [
             [(_share_beaten(value, ordered[key]), {}) for value in values]
             for key, values in zip(keys, raw, strict=True)
         ]
-    return [[(value, {"shift": 0.0, "scale": 1.0}) for value in values] for values in raw]
+    shifts, scales = defaultdict(float), defaultdict(lambda: 1.0)
+    for key, values in groups.items():
+        if normalise == "global":
+            shifts[key], scales[key] = float(np.mean(values)), float(np.std(values)) or 1.0
+        elif normalise == "group":
+            shifts[key] = math.fsum(values) / len(values)
+    return [
+        [((value - shifts[key]) / scales[key], {"shift": shifts[key], "scale": scales[key]}) for value in values]
+        for key, values in zip(keys, raw, strict=True)
+    ]
 
 
 def _share_beaten(value: float, ordered: np.ndarray) -> float:

@@ -25,6 +25,8 @@ OPTIONAL: dict[str, Any] = {
     "task": None,
     "fingerprint": None,
     "counts": {},
+    "origin": None,
+    "score_each": None,
     "fits": lambda context, options: True,
     "shift": 0.0,
 }

@@ -100,7 +100,7 @@ class Turn:
             ("name", None),
             ("tool_call_id", None),
         ):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if value is None:
                 continue
             if role not in (None, self.role):
@@ -158,7 +158,7 @@ class Trajectory:
         if not isinstance(self.terminated, bool):
             raise InputError(f"terminated: found {shown(self.terminated)}, expected true or false")
         for name in ("group", "task", "source"):
-            require_text(name, getattr(self, name))
+            require_text(name, vars(self)[name])
         require_labels(self.labels)
 
     @property
@@ -188,7 +188,7 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     for turn in turns:
         message: dict[str, Any] = {"role": turn.role, "content": turn.content}
         for name in OPTIONAL_TURN_FIELDS:
-            value = getattr(turn, name)
+            value = vars(turn)[name]
             if value is not None:
                 message[name] = list(value) if isinstance(value, tuple) else value
         messages.append(message)
@@ -395,7 +395,7 @@ def message_of(turn: Turn) -> dict[str, Any]:
         message |= {"reasoning_content": turn.thinking, "thinking": turn.thinking}
     if turn.tool_calls is not None:
         message["tool_calls"] = [_call(call) for call in json.loads(turn.tool_calls)]
-    return message | {name: getattr(turn, name) for name in ("name", "tool_call_id") if getattr(turn, name)}
+    return message | {name: vars(turn)[name] for name in ("name", "tool_call_id") if vars(turn)[name]}
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:

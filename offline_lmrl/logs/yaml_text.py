@@ -46,12 +46,10 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: found bytes that are not UTF-8, expected a YAML file of {what}") from error
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: found {getattr(error, 'strerror', None) or error}, expected a YAML file of {what}"
-        ) from error
+        found = "bytes that are not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        found = error.strerror if isinstance(error, OSError) and error.strerror else found
+        raise InputError(f"{path}: found {found}, expected a YAML file of {what}") from error
     return yaml_mapping(text, str(path), what)
 
 
@@ -83,7 +81,7 @@ def _count(text: str) -> None:
     """
     whole: dict[str, tuple[int, int]] = {}  # anchor -> (values, levels) of what it names
     open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # (anchor, values, levels) of open collections
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             open_values.append((event.anchor, 1, 1))
             if len(open_values) > MAX_NESTING:

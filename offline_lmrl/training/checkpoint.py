@@ -26,7 +26,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from offline_lmrl.errors import InputError, Stopped, require
-from offline_lmrl.logs.files import read_object, reading, staging, sync, sync_entry, writing
+from offline_lmrl.logs.files import move_into, read_object, reading, staging, sync, sync_entry, writing
 from offline_lmrl.models.adapters import METADATA_FILE, has_adapter, heads_of, load_heads, save_heads
 from offline_lmrl.training.metrics import Averages, close_bars, keep_metrics_until
 
@@ -202,19 +202,6 @@ def stopped(number: int, folder: str | Path, step: int, steps: int) -> Stopped:
     )
 
 
-def move_model(staging: Path, folder: Path) -> None:
-    """Move a written model from `staging` into `folder`, which contains it.
-
-    Delete the old config first and move the new one last, so that a half-finished move cannot be loaded.
-    """
-    for name in CONFIG_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIG_FILES):
-        sync(path)
-        os.replace(path, folder / path.name)
-    staging.rmdir()
-
-
 def check_processes(checkpoint: Path, found: int, here: int) -> None:
     """Check that a checkpoint was written by as many processes as run now.
 
@@ -306,7 +293,7 @@ class StoredTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model in a staging folder first, then move it into its folder (`move_model`)."""
+        """Save the model in a staging folder first, then move it into its folder (`move_into`)."""
         if _internal_call:  # part of a checkpoint, which is staged itself
             return super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
@@ -315,7 +302,7 @@ class StoredTrainer(transformers.Trainer):
         with filling(staging, folder):
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
-                move_model(staging, folder)
+                move_into(staging, folder, CONFIG_FILES)
         self.accelerator.wait_for_everyone()
 
     def _remove_leftover(self, staging: Path) -> None:

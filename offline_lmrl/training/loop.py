@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from offline_lmrl.errors import InputError, require
-from offline_lmrl.logs.files import read_object, reading
+from offline_lmrl.logs.files import move_into, read_object, reading
 from offline_lmrl.models.adapters import has_adapter, save_heads
 from offline_lmrl.models.renderers import training_renderer
 from offline_lmrl.renamed import current
 from offline_lmrl.training.checkpoint import (
+    CONFIG_FILES,
     DAMAGED,
     STAGING,
     Signals,
@@ -34,7 +35,6 @@ from offline_lmrl.training.checkpoint import (
     filling,
     last_complete,
     missing,
-    move_model,
     publish,
     rotate,
     step_of,
@@ -325,7 +325,7 @@ class LoopTrainer:
             folder = Path(output_dir or self.args.output_dir)
             with _staged(folder, folder) as staging:
                 self._write_policy(staging)
-                move_model(staging, folder)
+                move_into(staging, folder, CONFIG_FILES)
         self.accelerator.wait_for_everyone()
 
     def _write_policy(self, folder: Path) -> None:

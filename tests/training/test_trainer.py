@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.errors import InputError, Stopped
+from offline_lmrl.logs import files
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.episodes import RE_ENCODED
@@ -375,7 +376,7 @@ def test_an_adapter_that_is_half_replaced_is_no_model(tmp_path, lora, monkeypatc
         if path.name == "adapter_model.safetensors":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_module, "sync", stop)
+    monkeypatch.setattr(files, "sync", stop)
     with pytest.raises(KeyboardInterrupt):
         run.save_model(str(tmp_path / "run"))
     with pytest.raises(InputError):
