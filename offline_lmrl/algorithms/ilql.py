@@ -96,7 +96,8 @@ class ILQLConfig(GuidedConfig):
     )
     decoding: DecodingConfig = setting(
         lambda: DecodingConfig(beta=4.0, support=0.02),
-        "How the run chooses tokens when it plays; saved with the run.",
+        "How the run chooses tokens when it plays; saved with the run. In a file or flag, part of it keeps the other "
+        "defaults of ILQL; DecodingConfig() in Python has its own.",
     )
 
     always_saved: ClassVar = ("beta", "q_reduce", "support", "candidates", "clip")

@@ -147,11 +147,10 @@ class RewardModelConfig(BaseConfig):
             "once, expected null, or head: turn or token",
         )
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), processes=(1, 10**6))
-        for name in ("error_rate", "margin"):
+        for name, value in (("error_rate", self.error_rate), ("margin", self.margin)):
             require(
-                self.loss == "pairs" or getattr(self, name) == 0,
-                f"{name}: found {getattr(self, name):g} with loss: {self.loss}, expected 0, as only "
-                "loss: pairs uses it",
+                self.loss == "pairs" or value == 0,
+                f"{name}: found {value:g} with loss: {self.loss}, expected 0, as only loss: pairs uses it",
             )
         require(
             self.reference is None or self.normalise != "none",

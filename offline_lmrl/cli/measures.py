@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from offline_lmrl.cli.output import check_output, print_counts, print_report, progress_bar
+from offline_lmrl.cli.output import check_output, print_counts, print_report
 from offline_lmrl.cli.play import OpenedRun
 from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.logs.terminal import visible
+from offline_lmrl.logs.terminal import progress_bar, visible
 from offline_lmrl.settings import REQUIRED, setting
 
 

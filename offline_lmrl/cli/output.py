@@ -1,9 +1,8 @@
-"""Checks, reports and progress bars that the commands share."""
+"""Checks of outputs, and reports, that the commands share."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +64,3 @@ def _flat(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value if value != {} else "none"
-
-
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Context manager: show a progress bar on stderr, if it is a terminal, and remove the bar at the end.
-
-    Args:
-      title: text before the bar.
-      total: number of items in all.
-    Yields: a function that updates the bar, called with the numbers of items (done, in all).
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done, in_all: bar.update(task, completed=done, total=in_all)

@@ -4,15 +4,16 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offline_lmrl.cli.output import check_output, progress_bar
+from offline_lmrl.cli.output import check_output
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.messages import DIALOGUES, read_request
 from offline_lmrl.logs.record import Record
-from offline_lmrl.logs.terminal import visible
+from offline_lmrl.logs.terminal import progress_bar, visible
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, parse_json, shown, to_record
 from offline_lmrl.settings import REQUIRED, setting
 
@@ -237,19 +238,13 @@ def _answered(tokenizer: str, history: Sequence[Turn], reply: "Reply", seed: int
 
 
 def _chat(policy: "Policy", seed: int) -> None:
+    """Reply to each line of stdin that is not blank, until the input ends."""
     session, turns = policy.start([seed]), []
-    while (text := _ask()) is not None:
-        turns.append(Turn("user", text))
-        (reply,) = session.reply([0], [turns])
-        turns.append(Turn("assistant", reply.text, token_ids=reply.token_ids))
-        print(visible(reply.text), flush=True)
-
-
-def _ask() -> str | None:
-    """Read the next line of stdin that is not blank; None at the end of the input."""
-    try:
-        while not (text := input("> " if sys.stdin.isatty() else "").strip()):
-            continue
-    except EOFError:
-        return None
-    return text
+    with suppress(EOFError):
+        while True:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+            if text:
+                turns.append(Turn("user", text))
+                (reply,) = session.reply([0], [turns])
+                turns.append(Turn("assistant", reply.text, token_ids=reply.token_ids))
+                print(visible(reply.text), flush=True)

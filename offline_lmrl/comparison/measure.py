@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offline_lmrl.comparison.config import EvaluationConfig
 from offline_lmrl.comparison.rows import Row
@@ -25,7 +24,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 from offline_lmrl.logs.io import write_text
-from offline_lmrl.logs.terminal import visible
+from offline_lmrl.logs.terminal import progress_bar, visible
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.run import COMPLETE, read_report, runs_before
 from offline_lmrl.tasks import make_environment
@@ -85,10 +84,7 @@ class Arena:
             seeds = range(settings.selection.first_seed, settings.selection.first_seed + settings.selection.episodes)
         # Greedy play is a function of the episode seed: a second decoding seed would repeat it word for word.
         repeats = 1 if selecting or policy.decoding.temperature == 0 else settings.repeats
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        hidden = not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
-            task = progress.add_task(title, total=len(seeds) * repeats)
+        with progress_bar(title, len(seeds) * repeats, self.console) as progress:
             return evaluate_policy(
                 policy,
                 make_environment(**environment, **self.players()),
@@ -96,7 +92,7 @@ class Arena:
                 repeats=repeats,
                 cluster=settings.cluster,
                 batch_size=settings.batch_size,
-                progress=lambda done, total: progress.update(task, completed=done),
+                progress=progress,
             )
 
 

@@ -79,7 +79,7 @@ def number(default: float | None, help: str, low: float, high: float, expected: 
 
 @dataclass(frozen=True)
 class Form:
-    """The settings of the formula; `DecodingConfig` (decoding/sampler.py) adds those of requests and replies.
+    """The settings of the formula; `DecodingConfig` (decoding/config.py) adds those of requests and replies.
 
     `beta` may be a tensor that broadcasts against (..., K). Without terms, `candidates` has no effect.
     """

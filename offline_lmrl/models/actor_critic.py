@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offline_lmrl.models.reward_model import Reward, head_of, score_bias
-from offline_lmrl.models.step_outputs import packed_logits
+from offline_lmrl.models.step_outputs import packed_logits, split_rows
 from offline_lmrl.models.value_heads import ScalarHead
 from offline_lmrl.tokens.batching import TokenBatch
 
@@ -51,21 +51,16 @@ class ActorCritic(nn.Module):
           value_only: True: gradients reach the value head only.
         Returns: "logits" (N, vocabulary size), "v" (N,), and with `next_v` "next_v" (N,).
         """
-        steps, ids, mask = batch["steps"], batch["input_ids"], batch["attention_mask"]
-        place, windows = (steps["row"], steps["state"]), batch["windows"]
-        outputs = {}
+        steps, (own, extra) = batch["steps"], split_rows(batch)
+        place, outputs = (steps["row"], steps["state"]), {}
         with torch.no_grad() if value_only else contextlib.nullcontext():
-            outputs["logits"], hidden = packed_logits(
-                self.policy, *place, input_ids=ids[:windows], attention_mask=mask[:windows]
-            )
-        if self.value_trunk is not None:
-            with torch.no_grad() if value_only else contextlib.nullcontext():
-                hidden = self.value_trunk(input_ids=ids[:windows], attention_mask=mask[:windows], use_cache=False)[0]
+            outputs["logits"], hidden = packed_logits(self.policy, *place, **own)
+            if self.value_trunk is not None:
+                hidden = self.value_trunk(**own, use_cache=False)[0]
         outputs["v"] = self.value_head(hidden[place])[0]
         if next_v:
-            if windows < len(ids):
+            if len(extra["input_ids"]):
                 trunk = self.value_trunk or self.policy.get_decoder()
-                following = trunk(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
-                hidden = torch.cat([hidden, following])
+                hidden = torch.cat([hidden, trunk(**extra, use_cache=False)[0]])
             outputs["next_v"] = self.value_head(hidden[steps["next_row"], steps["next_state"]])[0]
         return outputs

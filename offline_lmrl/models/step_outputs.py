@@ -383,12 +383,16 @@ def collect_outputs(
     return found
 
 
+def split_rows(batch: TokenBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return `input_ids` and `attention_mask` of a batch's windows, and those of the rows after them."""
+    windows, inputs = batch["windows"], {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own, extra = ({name: x[part] for name, x in inputs.items()} for part in (slice(windows), slice(windows, None)))
+    return own, extra
+
+
 def _states(model: PreTrainedModel, batch: TokenBatch, with_logits: bool) -> Iterator[States]:
     """Run the model on a batch; yield the states of its steps in chunks that limit memory."""
-    steps, windows = batch["steps"], batch["windows"]
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    own, extra = ({name: ids[part] for name, ids in inputs.items()} for part in (slice(windows), slice(windows, None)))
-    logits = None
+    steps, logits, (own, extra) = batch["steps"], None, split_rows(batch)
     if with_logits:
         logits, hidden = packed_logits(model, steps["row"], steps["state"], **own)
     else:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offline_lmrl.decoding.probe import check_plays, check_trains, probing
 from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.adapters import has_adapter, require_peft, run_metadata, unfreeze_heads
+from offline_lmrl.models.adapters import has_adapter, most_positions, require_peft, run_metadata, unfreeze_heads
 from offline_lmrl.models.renderers import scheme_of
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
 from offline_lmrl.tokens.template_check import MISMATCH, TEMPLATE_ROWS
@@ -36,7 +36,7 @@ def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> 
     Raises: InputError if the model has too few positions or embeddings, or was trained with another tokenizer or
       template.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = most_positions(model.config)
     require(
         limit is None or max_length <= limit,
         f"max_length: found {max_length}, expected at most the model's {limit} positions",
@@ -95,7 +95,7 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     inner = model.get_base_model()
     for name in routers:
         require(
-            not hasattr(inner.get_submodule(name), "base_layer"),
+            not isinstance(inner.get_submodule(name), peft.tuners.tuners_utils.BaseTunerLayer),
             f"model.lora.target_modules: found {name}, a layer with several outputs, expected layers "
             "with one, which is what an adapter adds to",
         )

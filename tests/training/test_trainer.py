@@ -14,10 +14,14 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.errors import InputError, Stopped
 from offline_lmrl.logs import files
+from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.models.guided import add_value_heads
 from offline_lmrl.models.loading import build_model, load_model
+from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.episodes import RE_ENCODED
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 from offline_lmrl.training import checkpoint as checkpoint_module
@@ -631,3 +635,18 @@ def test_ids_that_another_renderer_sampled_are_encoded_anew_and_counted(tmp_path
     ]
     run = trainer(tmp_path, algorithm="bc", data=rows, max_steps=1)
     assert run.counts[RE_ENCODED] == 4 and 9 not in run.train_dataset.batch([0])["steps"]["action"]
+
+
+class CountingConfig(BCConfig):
+    def read_rows(self, source, counts=None, reward=None):
+        self.read = [*vars(self).get("read", []), Path(source).name]
+        return super().read_rows(source, counts, reward)
+
+
+def test_data_are_read_once_and_values_are_dropped_by_an_algorithm_that_does_not_keep_them(tmp_path):
+    write_trajectories(tmp_path / "logs.jsonl", logs(8))
+    args = CountingConfig(output_dir=str(tmp_path / "run"), use_cpu=True, max_steps=1, max_length=64, report_to="none")
+    model = add_value_heads(build_model(SPEC, TOKENIZER), ValueHeadsConfig())
+    run = BCTrainer(model, args, str(tmp_path / "logs.jsonl"), tmp_path / "logs.jsonl", TOKENIZER)
+    assert args.read == ["logs.jsonl", "logs.jsonl"]
+    assert run.model.value_heads is None and len(run.eval_dataset) == len(run.train_dataset)
