@@ -13,7 +13,7 @@ from offline_lmrl.errors import InputError, shown
 from offline_lmrl.evaluation.metrics import ScoreScale
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.renamed import current
-from offline_lmrl.settings import build, setting
+from offline_lmrl.settings import build, set_dotted, setting
 
 
 @dataclass(frozen=True)
@@ -224,17 +224,8 @@ class CompareConfig:
         """
         raw = current(read_yaml(path, "settings"), str(path))
         for dotted, value in (overrides or {}).items():
-            _set(raw, dotted, value)
+            set_dotted(raw, dotted, value)
         try:
             return build(cls, raw)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-
-
-def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for key in parents:
-        if not isinstance(raw.get(key), dict):
-            raw[key] = {}
-        raw = raw[key]
-    raw[last] = value

@@ -174,13 +174,13 @@ class MethodConfig:
         require_known(entry, {field.name for field in fields(cls)} - {"start_from", "file"} | {"from"}, where)
         given = {key: value for key, value in entry.items() if value is not None}
         _check_source(given, where)
-        if "beta" in (given.get("decoding") or {}):
-            raise InputError(f"{where}.decoding.beta: found a value, expected none: `betas` sets it")
         if "collect" in given:
             given.setdefault("regime", "environment")
         if "train" in given:
             given |= _from_file(given, where)
         method = build(cls, {"start_from" if key == "from" else key: value for key, value in given.items()}, where)
+        if "beta" in method.decoding:
+            raise InputError(f"{where}.decoding.beta: found a value, expected none: `betas` sets it")
         if min(method.betas or (), default=0) < 0:
             raise InputError(f"{where}.betas: found {list(method.betas)}, expected a list of numbers, none below 0")
         return method
