@@ -1,4 +1,4 @@
-"""Convert OpenAssistant conversation trees (Köpf et al. 2023) to comparisons of the replies to one message.
+"""Convert OpenAssistant conversation trees (Köpf et al. 2023) to comparisons of replies, or to rated replies.
 
 The three export forms are read, with rows in any order: messages with `message_id` and `parent_id` (also as Parquet
 from the hub), threads, and whole trees. How they are read:
@@ -8,6 +8,12 @@ from the hub), threads, and whole trees. How they are read:
   language than requested, or have no text. All replies to such a message are left out too, since their context is
   unknown.
 - A tree is one group, together with all trees whose first message has the same words.
+
+`OasstRatings` makes a trajectory of every rated reply of the assistant instead. The messages from the root to the
+reply are context, which is not trained on. The reply earns
+- "quality": the mean quality that its reviewers gave it, in [0, 1], or
+- "thumbs": (up − down) / (up + down) of its thumbs, in [−1, 1].
+A reply without a rating is not a bad reply; it is left out and counted.
 """
 
 from collections import Counter, defaultdict
@@ -15,16 +21,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.source import Found, Importer, Report, Splits, count_row
-from offline_lmrl.errors import InputError, require, shown
+from data_prep.trajectories import TrajectoryImporter
+from offline_lmrl.errors import InputError, at, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import parsed
-from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.preference_forms import read_comparison, root_group
 from offline_lmrl.logs.record import Record
-from offline_lmrl.logs.trajectory import Turn, messages_of
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, messages_of
 from offline_lmrl.settings import setting
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -165,6 +172,35 @@ class Oasst(MessageImporter, ComparisonImporter):
         return f"no ranked replies to one message ({dict(counts)}), expected two or more"
 
 
+@dataclass(frozen=True, kw_only=True)
+class OasstRatings(MessageImporter, TrajectoryImporter):
+    """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
+
+    The entry `assembled` of the report counts every message once.
+    """
+
+    reward: Literal["quality", "thumbs"] = setting(
+        "quality", "the reward of a reply: quality (its mean rating, in [0, 1]) or thumbs ((up − down) / (up + down))"
+    )
+
+    def rows_of(self, replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Trajectory]:
+        """Yield a trajectory of each rated reply."""
+        for before, reply in replies:
+            score = reply.labels["labels"].get("quality") if self.reward == "quality" else _thumbs(reply)
+            if score is None:
+                counts[f"replies without {self.reward}"] += 1
+                continue
+            counts["replies scored"] += 1
+            context = turns_of(before)
+            turns = (*as_context(context), replace(reply.turn, reward=score))
+            group = reply.group or root_group(context) or reply.id
+            yield Trajectory(turns, group=group, source="oasst", labels=reply.labels)
+
+    def expected_replies(self, counts: Counter[str]) -> str:
+        """Return the end of the error message for messages without rated replies."""
+        return f"no reply with {self.reward} ({dict(counts)}), expected one or more"
+
+
 def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply]:
     """Yield the assistant's replies for which all messages before them are known, each message before its replies.
 
@@ -289,5 +325,10 @@ def _by_name(record: Record, field: str, key: str) -> dict[str, float]:
         )
         pairs = zip(map(str, names), values, strict=True)
     plain = {name: one.get(key) if isinstance(one, Mapping) else one for name, one in pairs}
-    numbers = {name: replace(found, fields={key: value}) for name, value in plain.items() if value is not None}
-    return {name: one.number(key) for name, one in numbers.items()}
+    with at(found.where):
+        return {name: finite(key, value) for name, value in plain.items() if value is not None}
+
+
+def _thumbs(reply: Message) -> float | None:
+    up, down = (reply.labels["emojis"].get(name, 0) for name in ("+1", "-1"))
+    return (up - down) / (up + down) if up + down else None

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.comparisons import ComparisonImporter
-from data_prep.groups import join_groups
 from data_prep.source import Found, Report, Splits
 from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
@@ -73,7 +72,7 @@ class Shp(ComparisonImporter):
 
     def assemble(self, found: Found, report: Report) -> Splits:
         """Join the groups of a post, and keep its pairs with the highest ratios."""
-        made = join_groups(found) if self.group is None else found
+        made = self.joined(found)
         if self.max_pairs is None:
             return made
         made = {split: strongest(rows, self.max_pairs) for split, rows in made.items()}

@@ -18,6 +18,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.files import locked, move_into, staging, writing
 from offline_lmrl.logs.io import REPORT, Row, group_key, parsed, raw_splits, split_by_group, write_text
 from offline_lmrl.logs.io import write_trajectories as write_rows
+from offline_lmrl.logs.preference_forms import root_group
 from offline_lmrl.logs.record import Drop, Record
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.settings import setting
@@ -108,6 +109,13 @@ class Importer(FileSource):
     def assemble(self, found: Found, report: Report) -> Splits:
         """Make the final rows by split of the results of `read` by split, and add facts about them to the report."""
         return found
+
+    def joined(self, rows: Splits) -> Splits:
+        """Return rows whose group is the source's id so far with the groups of `join_groups`.
+
+        If the user named the column of the group, the rows stay as they are.
+        """
+        return join_groups(rows) if self.group is None else rows
 
     def import_rows(self) -> tuple[Found, Report]:
         """Apply `read` to each row.
@@ -215,6 +223,38 @@ def check_share(validation: float) -> None:
     Raises: InputError if it is not.
     """
     require(0 <= validation < 1, f"validation: found {validation}, expected 0 to below 1")
+
+
+def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """Return the rows with new groups: two rows get the same group if they have the same id or first user turn.
+
+    If rows A and B have the same id, and B and C the same first user turn (`root_group`), all three get one group. The
+    id alone misses prompts that were posted twice; the words alone miss prompts that were edited.
+
+    Args:
+      made: rows by split; the group of a row is the source's id so far.
+    """
+    parents: dict[tuple[bool, str], tuple[bool, str]] = {}
+
+    def find(key: tuple[bool, str]) -> tuple[bool, str]:
+        while parents.setdefault(key, key) != key:
+            parents[key] = parents[parents[key]]  # union-find with path halving
+            key = parents[key]
+        return key
+
+    def links(row: Row) -> list[tuple[bool, str]]:
+        root = root_group(row.turns if isinstance(row, Trajectory) else row.context)
+        return [(is_id, name) for is_id, name in ((False, root), (True, row.group)) if name]
+
+    for rows in made.values():
+        for row in rows:
+            roots = [find(key) for key in links(row)]
+            for root in roots:
+                parents[root] = min(roots)  # independent of the order of rows; words come before ids
+    return {
+        name: [replace(row, group=find(links(row)[0])[1]) if links(row) else row for row in rows]
+        for name, rows in made.items()
+    }
 
 
 def separate(made: Mapping[str, Sequence[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:

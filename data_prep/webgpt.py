@@ -15,7 +15,6 @@ import re
 from dataclasses import dataclass, replace
 
 from data_prep.comparisons import ComparisonImporter
-from data_prep.groups import join_groups
 from data_prep.source import Found, Report, Splits
 from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
@@ -55,7 +54,7 @@ class WebGpt(ComparisonImporter):
 
     def assemble(self, found: Found, report: Report) -> Splits:
         """Join the groups of a question."""
-        return join_groups(found) if self.group is None else found
+        return self.joined(found)
 
     def _answer(self, row: Record, i: int) -> tuple[Turn, ...]:
         answer = row.text(f"answer_{i}")

@@ -72,13 +72,18 @@ def _parts(value: Any) -> Iterator[str]:
         yield repr(value)
 
 
-@contextmanager
-def at(where: str, joint: str = ": ") -> Iterator[None]:
+class at:  # noqa: N801 (used like a function; a class, because readers of rows enter it for every field)
     """Context manager: put the place of a row, "file:row", and a joint in front of the message of every InputError."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}{joint}{error}") from error
+
+    def __init__(self, where: str, joint: str = ": "):
+        self.place = where + joint
+
+    def __enter__(self) -> None:
+        """Do nothing: only the end matters."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, InputError):
+            raise InputError(f"{self.place}{error}") from error
 
 
 def require(holds: bool, message: str) -> None:

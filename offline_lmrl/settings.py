@@ -153,6 +153,23 @@ def plain(value: Any) -> Any:
     return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
+def set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set the value of a dotted key in nested mappings, which are copied before they are changed.
+
+    Args:
+      settings: the mapping, which is changed.
+      dotted: the key, such as "evaluation.episodes".
+      value: the value; it replaces a mapping as a whole.
+    """
+    *parents, last = dotted.split(".")
+    for key in parents:
+        inner = settings.get(key)
+        inner = inner.value if isinstance(inner, Word) else inner
+        settings[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        settings = settings[key]
+    settings[last] = value
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message about an unknown name: "; did you mean 'x'?", or "" if no name is near.
 

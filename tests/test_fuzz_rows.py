@@ -31,7 +31,7 @@ CASES = pytest.mark.parametrize(
     ("seed", "n"), [(0, 60), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in (1, 2))]
 )
 ROWS = {
-    importer.__module__.split(".")[1].replace("_", "-"): rows
+    next(name for name, (_, source) in SOURCES.items() if source == importer.__name__): rows
     for importer, rows in {**test_comparisons.ROWS, **test_trajectories.ROWS}.items()
 }
 ROWS["kto"] = [*ROWS["kto"], *test_kto.KEPT]

@@ -43,9 +43,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import filter_policy
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import write_trajectories
@@ -84,7 +84,7 @@ from offline_lmrl.tokens.batching import TokenBatch, WindowDataset, encode_traje
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.tokens.experience import Experience
 from offline_lmrl.tokens.rendering import Renderer
-from offline_lmrl.training.config import OfflineConfig, check_range
+from offline_lmrl.training.config import GuidedConfig, check_range
 from offline_lmrl.training.loop import Learner, LoopTrainer, mean_over_processes
 from offline_lmrl.training.starting_model import check_model, check_policy, tokenizer_beside, with_adapter
 
@@ -94,7 +94,7 @@ SAMPLER_GAP = {False: 1e-3, True: 0.05}  # largest mean gap of sampler and learn
 
 
 @dataclass
-class PPOConfig(OfflineConfig):
+class PPOConfig(GuidedConfig):
     """The settings of PPO; square brackets hold OpenAI's value (Ziegler et al. 2019).
 
     Of the inherited settings, PPO uses context, stride, max_length, template, reward_scale (a plain divisor, 1 if not
@@ -196,7 +196,7 @@ class PPOConfig(OfflineConfig):
     )
     ptx_examples: float = setting(1.0, "Logged windows per window of a minibatch.")
     tensorflow_eps: bool = setting(False, "Rescale adam_epsilon at every step to its effect in TensorFlow's Adam.")
-    decoding: dict[str, Any] = setting(dict, "DecodingConfig fields for the rollouts, saved with the run.")
+    decoding: DecodingConfig = setting(DecodingConfig, "How the rollouts choose tokens; saved with the run.")
     max_turns: int = setting(
         256,
         "Number of agent turns after which an episode is cut off, even if the environment would continue.",
@@ -236,25 +236,21 @@ class PPOConfig(OfflineConfig):
             self.kl_estimator in KL_ESTIMATORS,
             f"kl_estimator: found {shown(self.kl_estimator)}, expected one of {', '.join(KL_ESTIMATORS)}",
         )
-        decoding = DecodingConfig.from_dict(self.decoding)
         for name, expected in (("beta", 0.0), ("condition_scale", 0.0), ("ask", None), ("stop", ())):
-            if (found := vars(decoding)[name]) != expected:
+            if (found := vars(self.decoding)[name]) != expected:
                 raise InputError(
                     f"decoding.{name}: found {shown(found)}, expected the default: PPO learns "
                     "from the policy's own samples, up to their closing token"
                 )
         require(
-            decoding.temperature != 0, "decoding.temperature: found 0, expected above 0: greedy play explores nothing"
+            self.decoding.temperature != 0,
+            "decoding.temperature: found 0, expected above 0: greedy play explores nothing",
         )
         super().__post_init__()
 
     @property
     def named_run(self) -> str | None:
         return None if self.value_model in ("shared", "copy") else self.value_model
-
-    @property
-    def play(self) -> DecodingConfig:
-        return DecodingConfig.from_dict(self.decoding)
 
 
 def log_distribution(logits: Tensor, temperature: float, kept: Tensor | None) -> Tensor:
@@ -444,7 +440,7 @@ class Observer:
 
     def _outputs(self, batch: TokenBatch, allowed: Sequence[list[int] | None] | None) -> dict[str, Tensor]:
         """Compute the columns of `observe` for one batch; `allowed` is the result of `_allowed`."""
-        play, learner, steps = self.config.play, self.passes.learner, batch["steps"]
+        play, learner, steps = self.config.decoding, self.passes.learner, batch["steps"]
         self.passes.tokens += int(batch["attention_mask"].sum())
         with learner.accelerator.autocast():
             outputs = learner.module(batch, next_v=True)
@@ -676,7 +672,9 @@ class Update:
         steps = batch["steps"]
         with self.learner.accelerator.autocast():
             outputs = self.learner.wrapped(batch, value_only=warming)
-        log_probs = log_distribution(outputs["logits"], config.play.temperature, _unpacked(steps, outputs["logits"]))
+        log_probs = log_distribution(
+            outputs["logits"], config.decoding.temperature, _unpacked(steps, outputs["logits"])
+        )
         learnt = {"v": outputs["v"]}
         compared = learnt | {"log_prob": log_probs.gather(-1, steps["action"].unsqueeze(-1))[:, 0]}
         if not warming:
@@ -752,7 +750,7 @@ class PPOTrainer(LoopTrainer):
             **rendering_block(self.renderer),
             "window": asdict(args.window),
             "step_rule": asdict(rule),
-            "decoding": dict(args.decoding),
+            "decoding": args.saved_decoding,
         }
         value_model = open_value_model(policy, args, self.renderer)
         reference = None  # None = the policy with its adapter off
@@ -766,7 +764,7 @@ class PPOTrainer(LoopTrainer):
             self.accelerator.ddp_handler.find_unused_parameters = True
         self.set_up(module, policy, args.ema)
         self.counts.update(optional(environment, "counts"))
-        player = LanguagePolicy(policy, self.renderer, args.play, **asdict(args.window))
+        player = LanguagePolicy(policy, self.renderer, args.decoding, **asdict(args.window))
         ptx = None
         if args.ptx_weight > 0:
             columns = encode_trajectories(ptx_dataset, encoder, self.counts)

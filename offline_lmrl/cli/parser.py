@@ -30,7 +30,7 @@ from offline_lmrl.settings import (
     dataclass_in,
     expected,
     parameters_of,
-    plain,
+    set_dotted,
 )
 
 
@@ -236,22 +236,6 @@ def _word(text: str) -> Word:
         raise InputError(f"found {shown(text)}, with {error}, expected the value of a setting") from error
     except yaml.YAMLError as error:
         return Word(text, text, " ".join(str(error).split()))
-
-
-def set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set the value of a dotted key in nested mappings, which are copied before they are changed.
-
-    Args:
-      settings: the mapping, which is changed.
-      dotted: the key, such as "evaluation.episodes".
-      value: the value; it replaces a mapping as a whole.
-    """
-    *parents, last = dotted.split(".")
-    for key in parents:
-        inner = plain(settings.get(key)) if isinstance(settings.get(key), Word) else settings.get(key)
-        settings[key] = dict(inner) if isinstance(inner, Mapping) else {}
-        settings = settings[key]
-    settings[last] = value
 
 
 def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.ops.intervals import student_t, wilson
 
 # Labels that `rollout` adds to an episode for its own bookkeeping; they are no results of the play.
@@ -250,9 +250,10 @@ class ScoreScale:
     max: float
 
     def __post_init__(self) -> None:
-        if not self.min < self.mean < self.max:
-            found = f"min {self.min}, mean {self.mean}, max {self.max}"
-            raise InputError(f"score: found {found}, expected min < mean < max")
+        require(
+            self.min < self.mean < self.max,
+            f"score: found min {self.min}, mean {self.mean}, max {self.max}, expected min < mean < max",
+        )
 
     def normalise(self, score: float) -> float:
         """Return the score on this scale, not clipped: below 0 if it is below `min`, above 100 if above `max`."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 
 from offline_lmrl.decoding.scorers import drop_too_long
@@ -60,10 +61,9 @@ def evaluate_scorer(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[s
         Args:
           value: function from the index of a comparison and the index of an option in it to a number.
         """
-        return Cells.of(
-            (0, group_key(comparisons[place]), 0.5 + 0.5 * _sign(value(place, i) - value(place, j)) * _sign(p - 0.5))
-            for place, i, j, p in pairs
-        )
+        agreed = [np.sign(value(place, i) - value(place, j)) * np.sign(p - 0.5) for place, i, j, p in pairs]
+        groups = (group_key(comparisons[place]) for place, *_ in pairs)
+        return Cells.of((0, group, 0.5 + 0.5 * sign) for group, sign in zip(groups, agreed, strict=True))
 
     found = right(lambda place, i: scores[place][i])
     features = BASELINES | _authors(pairs, comparisons)
@@ -136,7 +136,3 @@ def _authors(pairs: Sequence[tuple], comparisons: Sequence[Comparison]) -> dict[
         return {}
     mean = {name: math.fsum(values) / len(values) for name, values in won.items()}
     return {"the reply of the author that wins more often here": lambda row, i: mean[author(row, i)]}
-
-
-def _sign(value: float) -> float:
-    return math.copysign(1.0, value) if value else 0.0

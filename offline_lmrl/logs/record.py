@@ -46,6 +46,10 @@ class Record(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, or the default if it is missing."""
+        return self.fields.get(name, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.fields)
 

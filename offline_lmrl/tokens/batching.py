@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, Step, Window
 from offline_lmrl.tokens.windows import Ids
@@ -332,8 +332,8 @@ def columns_of(windows: Iterable[Window], counts: Counter[str]) -> dict[str, Fla
         for name, items in (lists | dict(zip(Step._fields, steps, strict=True))).items():
             values[name].extend(items)
             lengths[name].append(len(items))
-    if len(lengths["input_ids"]) == 1:
-        raise InputError(
-            f"data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})"
-        )
+    require(
+        len(lengths["input_ids"]) > 1,
+        f"data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})",
+    )
     return {name: (np.asarray(values[name]), np.cumsum(np.asarray(lengths[name]))) for name in values}

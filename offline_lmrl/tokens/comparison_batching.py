@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import in_temporary_folder
 from offline_lmrl.logs.parallel import chunks, map_in_order
@@ -166,10 +166,10 @@ def encode_comparisons(
             for name, values in part.items():
                 files[name].write(np.asarray(values) + sizes[_ENDS[name]] if name in _ENDS else values)
             sizes.update({name: len(values) for name, values in part.items()})
-        if not sizes["target"]:
-            raise InputError(
-                f"comparisons: found none that fits into max_length, expected at least one ({dict(counts)})"
-            )
+        require(
+            bool(sizes["target"]),
+            f"comparisons: found none that fits into max_length, expected at least one ({dict(counts)})",
+        )
         read = {name: np.asarray(np.memmap(file, _CODES[name], "r")) for name, file in files.items()}
     return ComparisonDataset(**read, pad_id=renderer.close_id)
 

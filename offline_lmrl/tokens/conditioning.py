@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.windows import Ids
@@ -44,10 +44,10 @@ def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> lis
     rewards = [turn.reward or 0.0 for turn in trajectory.turns if turn.is_trainable]
     labelled = trajectory.labels.get(LABEL)
     if labelled is not None:
-        if len(labelled) != len(rewards) or not all(map(math.isfinite, labelled)):
-            raise InputError(
-                f"labels.{LABEL}: found {labelled}, expected one finite number for each of {len(rewards)} agent turns"
-            )
+        require(
+            len(labelled) == len(rewards) and all(map(math.isfinite, labelled)),
+            f"labels.{LABEL}: found {labelled}, expected one finite number for each of {len(rewards)} agent turns",
+        )
         return [float(value) for value in labelled]
     return _returns_before(0.0, rewards, discount_per_turn)
 
@@ -73,10 +73,10 @@ def check_ask(ask: float | str | None) -> None:
     """
     number = isinstance(ask, int | float) and not isinstance(ask, bool) and math.isfinite(ask)
     named = isinstance(ask, str) and (ASK_NAMES.fullmatch(ask) or STATE_ASKS.fullmatch(ask))
-    if not (ask is None or number or named):
-        raise InputError(
-            f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, expert:κ, or null"
-        )
+    require(
+        bool(ask is None or number or named),
+        f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, expert:κ, or null",
+    )
 
 
 def check_binning(kind: str, bins: int, per: str) -> None:
@@ -85,10 +85,8 @@ def check_binning(kind: str, bins: int, per: str) -> None:
     Raises: InputError for an unknown `kind` or `per`, or fewer than 2 bins.
     """
     for name, value, known in (("binning", kind, KINDS), ("per", per, ("global", "task"))):
-        if value not in known:
-            raise InputError(f"{name}: found {shown(value)}, expected one of {', '.join(known)}")
-    if bins < 2:
-        raise InputError(f"bins: found {bins}, expected at least 2")
+        require(value in known, f"{name}: found {shown(value)}, expected one of {', '.join(known)}")
+    require(bins >= 2, f"bins: found {bins}, expected at least 2")
 
 
 @dataclass(frozen=True)
@@ -120,11 +118,11 @@ class ReturnTable:
         Raises: InputError if kind is "unique" and there are more than `bins` distinct returns.
         """
         edges = fit_edges(at_turns, kind, bins)
-        if kind == "unique" and len(edges) >= bins:
-            raise InputError(
-                f"binning: found unique with {len(edges) + 1} distinct returns, expected at most {bins} (bins); "
-                "use linear or quantile"
-            )
+        require(
+            kind != "unique" or len(edges) < bins,
+            f"binning: found unique with {len(edges) + 1} distinct returns, expected at most {bins} (bins); "
+            "use linear or quantile",
+        )
         counts = np.bincount(np.searchsorted(edges, at_turns, side="right"))
         quantiles = np.quantile(of_trajectories, np.linspace(0, 1, 101))
         least, most = float(at_turns.min()), float(at_turns.max())
@@ -226,11 +224,11 @@ class ReturnScale:
         Raises: InputError if no turn is scored, or if all returns (of one task) are the same.
         """
         check_binning(kind, bins, per)
-        if not any(LABEL in t.labels or any(turn.reward is not None for turn in t.turns) for t in trajectories):
-            raise InputError(
-                "training data: found no rewards, expected rewards from which to compute returns; score the data, "
-                "or train a model that is not conditioned on returns (algorithm: bc)"
-            )
+        require(
+            any(LABEL in t.labels or any(turn.reward is not None for turn in t.turns) for t in trajectories),
+            "training data: found no rewards, expected rewards from which to compute returns; score the data, "
+            "or train a model that is not conditioned on returns (algorithm: bc)",
+        )
         episodes: dict[str, list[list[float]]] = {}
         for trajectory in trajectories:
             if returns := returns_to_go(trajectory, discount_per_turn):
@@ -280,8 +278,7 @@ class ReturnScale:
 
         Raises: InputError for NaN, or for an unknown task of a scale per task.
         """
-        if math.isnan(value):
-            raise InputError("ask: found nan, expected a number")
+        require(not math.isnan(value), "ask: found nan, expected a number")
         return bisect.bisect_right(self.table(task).edges, value)
 
     def clipped(self, value: float, task: str = "") -> bool:
@@ -297,8 +294,7 @@ class ReturnScale:
           name: "max", or "p0" to "p100" for a percentile.
         Raises: InputError for any other name.
         """
-        if not ASK_NAMES.fullmatch(name):
-            raise InputError(f"ask: found {shown(name)}, expected max, or p0 to p100")
+        require(ASK_NAMES.fullmatch(name) is not None, f"ask: found {shown(name)}, expected max, or p0 to p100")
         return self.table(task).quantiles[100 if name == "max" else int(name.removeprefix("p"))]
 
     def asks_for_the_usual(self, name: str, task: str = "") -> str | None:
@@ -359,11 +355,11 @@ def with_return_ids(
     """
     n, opening = len(opening), list(opening)
     past = opening if past_opening is None else list(past_opening)
-    if list(prompt[-n:]) != opening:
-        raise InputError(
-            f"prompt: found {list(prompt[-n:])} at its end, expected the ids of the agent's opening, {opening}, "
-            "because a return is inserted directly before them"
-        )
+    require(
+        list(prompt[-n:]) == opening,
+        f"prompt: found {list(prompt[-n:])} at its end, expected the ids of the agent's opening, {opening}, "
+        "because a return is inserted directly before them",
+    )
     found: list[int] = []
     for i, token in enumerate(prompt):
         if i == len(prompt) - n or list(prompt[i : i + len(past)]) == past and i < len(prompt) - n:
@@ -404,11 +400,11 @@ class ReturnTokens:
         else:
             texts = texts_of(block)
             null, bins = (), tuple(tuple(renderer.encode_content(text)) for text in texts)
-            if len({*bins, null}) <= len(bins):
-                raise InputError(
-                    f"text: found texts, such as {shown(texts[0])}, that the tokenizer encodes as the same ids or as "
-                    "none, expected a text with {bin} that gets different ids for every bin"
-                )
+            require(
+                len({*bins, null}) > len(bins),
+                f"text: found texts, such as {shown(texts[0])}, that the tokenizer encodes as the same ids or as "
+                "none, expected a text with {bin} that gets different ids for every bin",
+            )
         return cls(scale, null, bins, block["discount_per_turn"])
 
     def ids(self, value: float | None, task: str = "") -> Ids:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.rendering import Renderer
@@ -65,18 +65,15 @@ class FewShotConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise InputError(f"few_shot.part: found {shown(self.part)}, expected one of {', '.join(PARTS)}")
+        require(self.part in PARTS, f"few_shot.part: found {shown(self.part)}, expected one of {', '.join(PARTS)}")
         for name, value, least in (
             ("n", self.n, 1),
             ("turns", self.turns, 1),
             ("max_tokens", self.max_tokens, 1),
             ("seed", self.seed, 0),
         ):
-            if value < least:
-                raise InputError(f"few_shot.{name}: found {value}, expected at least {least}")
-        if not 0 <= self.drop <= 1:
-            raise InputError(f"few_shot.drop: found {self.drop}, expected a share from 0 to 1")
+            require(value >= least, f"few_shot.{name}: found {value}, expected at least {least}")
+        require(0 <= self.drop <= 1, f"few_shot.drop: found {self.drop}, expected a share from 0 to 1")
 
     def cut(self, demonstration: Trajectory, rng: np.random.Generator) -> Shown:
         """Return the part of a demonstration to show, as `part` and `turns` select it; only "random" uses `rng`."""
@@ -109,10 +106,10 @@ def draw_few_shot(
     of_task = _rows_of_task(pool)
     excludes = demonstrations is None and spec.exclude_self
     for row, trajectory in enumerate(trajectories):
-        if not trajectory.task:
-            raise InputError(
-                f"row {row + 1}: task: found none, expected one, because demonstrations come from the same task"
-            )
+        require(
+            bool(trajectory.task),
+            f"row {row + 1}: task: found none, expected one, because demonstrations come from the same task",
+        )
         known = of_task.get(trajectory.task, [])
         available = len(known) - excludes
         if available < spec.n:
@@ -147,8 +144,10 @@ def few_shot_of_task(
 
     def drawn(seed: int) -> list[Trajectory]:
         known = of_task.get(task(seed), [])
-        if len(known) < spec.n:
-            raise InputError(f"demonstrations: found {len(known)} of task {task(seed)!r}, expected at least {spec.n}")
+        require(
+            len(known) >= spec.n,
+            f"demonstrations: found {len(known)} of task {task(seed)!r}, expected at least {spec.n}",
+        )
         chosen = np.random.default_rng((spec.seed, seed)).choice(len(known), spec.n, replace=False)
         return [demonstrations[known[place]] for place in chosen]
 
@@ -198,10 +197,10 @@ def encode_few_shot(
     """
     for row, part in enumerate(draw_few_shot(spec, trajectories, demonstrations)):
         ids = few_shot_ids(part, renderer, return_ids_for)
-        if len(ids) > spec.max_tokens:
-            raise InputError(
-                f"row {row + 1}: few_shot.max_tokens: found demonstrations of {len(ids)} tokens, expected at "
-                f"most {spec.max_tokens}; raise few_shot.max_tokens, lower few_shot.n, or show only a part of each "
-                "demonstration (few_shot.part)"
-            )
+        require(
+            len(ids) <= spec.max_tokens,
+            f"row {row + 1}: few_shot.max_tokens: found demonstrations of {len(ids)} tokens, expected at "
+            f"most {spec.max_tokens}; raise few_shot.max_tokens, lower few_shot.n, or show only a part of each "
+            "demonstration (few_shot.part)",
+        )
         yield ids

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.tokens.printing import THINK, Form, Printer, TurnText, in_window, unsampled
 from offline_lmrl.tokens.template_check import TemplateCheck
@@ -100,11 +100,11 @@ class TurnEncoder:
     def __init__(self, text: TemplateText, encoder: TextEncoder, ends: Sequence[int]):
         self.text, self.encoder, self.close_ids = text, encoder, frozenset({encoder.close_id, *ends})
         self.agent_opening = encoder.template(text.closing["user"] or "x", text.prompt)
-        if not self.agent_opening:
-            raise InputError(
-                "chat template: found nothing printed before the agent's text, expected at least "
-                "one token there; otherwise set template: plain"
-            )
+        require(
+            bool(self.agent_opening),
+            "chat template: found nothing printed before the agent's text, expected at least "
+            "one token there; otherwise set template: plain",
+        )
         self._kept_controls = encoder.controls - {encoder.added[name] for name in THINK if name in encoder.added}
         # The text of an agent's closing before the token that closes the turn.
         self._before_close = encoder.decode(encoder.closing(text.live[1])[0][:-1])
@@ -227,12 +227,11 @@ class Renderer:
         text: TemplateText | None = None,
         ends: Sequence[int] = (),
     ):
-        if template not in TEMPLATES:
-            raise InputError(f"template: found {template!r}, expected one of {', '.join(TEMPLATES)}")
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise InputError(
-                f"tokenizer: found {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)"
-            )
+        require(template in TEMPLATES, f"template: found {template!r}, expected one of {', '.join(TEMPLATES)}")
+        require(
+            isinstance(tokenizer, PreTrainedTokenizerFast),
+            f"tokenizer: found {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)",
+        )
         stock = None
         if template != "plain" and tokenizer.chat_template is not None:
             date, parts = ("", False) if text is None else (text.date, text.parts)

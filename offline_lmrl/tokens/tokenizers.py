@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
-from offline_lmrl.errors import InputError, reading_pretrained
+from offline_lmrl.errors import InputError, reading_pretrained, require
 from offline_lmrl.logs.trajectory import ROLES
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -42,8 +42,10 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
         if saved is not None and type(tokenizer) is not saved:
             tokenizer = saved.from_pretrained(name)
         tokenizer("a b", add_special_tokens=False)  # unusable settings raise an error only in a call
-    if tokenizer.vocab_size == 0:  # some classes load a folder without tokenizer files
-        raise InputError(f"{name}: found no tokenizer files, expected those that the model was trained with")
+    # Some classes load a folder without tokenizer files.
+    require(
+        tokenizer.vocab_size > 0, f"{name}: found no tokenizer files, expected those that the model was trained with"
+    )
     return tokenizer
 
 
@@ -63,11 +65,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [*SPECIAL_TOKENS, *ROLE_TOKENS]
     smallest = len(alphabet) + len(special)
-    if vocab_size < smallest:
-        raise InputError(
-            f"vocab_size: found {vocab_size}, expected at least {smallest}: "
-            f"{len(alphabet)} bytes and {len(special)} special tokens"
-        )
+    require(
+        vocab_size >= smallest,
+        f"vocab_size: found {vocab_size}, expected at least {smallest}: "
+        f"{len(alphabet)} bytes and {len(special)} special tokens",
+    )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -121,11 +123,11 @@ class TextEncoder:
         self.content = functools.lru_cache(maxsize=1 << 16)(self._content)
         self.template = functools.lru_cache(maxsize=1 << 12)(self._template)
         chosen, rest = self.closing(closing)
-        if not chosen and tokenizer.eos_token_id is None:
-            raise InputError(
-                f"tokenizer: found no token that ends an agent turn ({closing!r} is {len(rest)} tokens), expected a "
-                "tokenizer with an eos_token"
-            )
+        require(
+            bool(chosen) or tokenizer.eos_token_id is not None,
+            f"tokenizer: found no token that ends an agent turn ({closing!r} is {len(rest)} tokens), expected a "
+            "tokenizer with an eos_token",
+        )
         self.close_id = chosen[-1] if chosen else tokenizer.eos_token_id
 
     def stock(self, text: str) -> list[int]:

@@ -25,7 +25,7 @@ from functools import cached_property
 from itertools import accumulate, chain
 from typing import NamedTuple
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import Turn, leading_system_turns
 from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
 
@@ -47,12 +47,15 @@ class WindowRule:
     max_length: int = 1024
 
     def __post_init__(self) -> None:
-        if self.context is not None and self.context < 1:
-            raise InputError(f"context: found {self.context}, expected a whole number of turns, at least 1")
-        if not 1 <= self.stride <= (self.context or self.stride):
-            raise InputError(f"stride: found {self.stride}, expected 1 to context ({self.context})")
-        if self.max_length < 2:
-            raise InputError(f"max_length: found {self.max_length}, expected at least 2 tokens")
+        require(
+            self.context is None or self.context >= 1,
+            f"context: found {self.context}, expected a whole number of turns, at least 1",
+        )
+        require(
+            1 <= self.stride <= (self.context or self.stride),
+            f"stride: found {self.stride}, expected 1 to context ({self.context})",
+        )
+        require(self.max_length >= 2, f"max_length: found {self.max_length}, expected at least 2 tokens")
 
     @property
     def without_max_length(self) -> "WindowRule":

@@ -176,7 +176,7 @@ class OfflineConfig(BaseConfig):
 
 @dataclass
 class GuidedConfig(OfflineConfig):
-    """The settings of an algorithm whose policies are guided in play; how they decode is saved with the run."""
+    """The settings of an algorithm that saves with the run how its policy chooses tokens in play."""
 
     decoding: DecodingConfig = setting(DecodingConfig, "How the run chooses tokens when it plays; saved with the run.")
 

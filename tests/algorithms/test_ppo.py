@@ -16,6 +16,7 @@ from offline_lmrl.comparison.compare import run_compare
 from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
 from offline_lmrl.comparison.measure import training_cost
 from offline_lmrl.comparison.rows import read_results
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import RewardModel
 from offline_lmrl.environments.prompts import PromptEnvironment
@@ -88,6 +89,7 @@ def trainer(folder, environment=Ragged, *, network=None, ptx=None, lora=None, **
         "decoding": {"max_new_tokens": 4},
         **settings,
     }
+    settings["decoding"] = DecodingConfig(**settings["decoding"])
     args = PPOConfig(output_dir=str(folder), use_cpu=True, **settings)
     return PPOTrainer(network or model(), args, environment, ptx, TOKENIZER, lora)
 
@@ -829,7 +831,8 @@ def test_its_run_is_a_folder_like_any_other(tmp_path):
     model, environment = ModelConfig(scratch=SCRATCH), {"name": "gamble"}
 
     def learn():
-        return train("ppo", model, DataConfig(), PPOConfig(output_dir=str(tmp_path / "run"), **SHORT), environment)
+        args = PPOConfig(output_dir=str(tmp_path / "run"), **SHORT | {"decoding": DecodingConfig(max_new_tokens=3)})
+        return train("ppo", model, DataConfig(), args, environment)
 
     folder = learn()
     found = yaml.safe_load((folder / "config.yaml").read_text())

@@ -35,7 +35,7 @@ def gpt2_small():
 
 
 def smollm2():
-    from offline_lmrl.models.guided import load_model
+    from offline_lmrl.models.loading import load_model
     from offline_lmrl.models.value_heads import ValueHeadsConfig
 
     return load_model(FOLDER, value_heads=ValueHeadsConfig()).eval()

@@ -6,8 +6,8 @@ Run with `pytest -m benchmarks -s tests/benchmarks/test_rollouts.py`.
 import pytest
 
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.prompts import PromptEnvironment
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.logs.trajectory import Turn
@@ -50,7 +50,7 @@ def test_tokens_per_second_of_ppo_rollouts_over_the_sampler_alone(tmp_path):
         save_rollouts=False,
         max_length=128,
         use_cpu=True,
-        decoding={"max_new_tokens": 32},
+        decoding=DecodingConfig(max_new_tokens=32),
     )
     run = PPOTrainer(build_model(SPEC, tokenizer), args, environment, None, tokenizer)
     seeds = list(range(64))

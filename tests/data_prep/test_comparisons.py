@@ -19,7 +19,7 @@ from data_prep.oasst import Oasst
 from data_prep.preferences import Preferences
 from data_prep.shp import Shp
 from data_prep.stack_exchange import StackExchange
-from data_prep.summarize_comparisons import SummarizeComparisons
+from data_prep.summarize import SummarizeComparisons
 from data_prep.ultrafeedback import ASPECTS, UltraFeedback
 from data_prep.webgpt import WebGpt
 from offline_lmrl.errors import InputError
@@ -78,7 +78,7 @@ ROWS = {
         *({**row, "prompt": "p"} for row in test_helpsteer.KEPT)],
     Nectar: test_nectar.KEPT,
 }  # fmt: skip
-IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__module__.split(".")[1])
+IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__)
 
 
 def prepare(importer, tmp_path, name, **settings):
@@ -297,7 +297,7 @@ PAIRS = {  # the row of two replies, and what reads it
 }
 
 
-@pytest.mark.parametrize("importer", PAIRS, ids=lambda importer: importer.__module__.split(".")[1])
+@pytest.mark.parametrize("importer", PAIRS, ids=lambda importer: importer.__name__)
 @settings(max_examples=20, deadline=None)
 @given(WORDS, WORDS)
 def test_any_two_replies_keep_the_invariants_or_are_dropped_for_what_they_say(importer, first, second):
@@ -341,7 +341,7 @@ RANKINGS = {  # the comparison of replies with scores from 1 to 5
 }
 
 
-@pytest.mark.parametrize("importer", RANKINGS, ids=lambda importer: importer.__module__.split(".")[1])
+@pytest.mark.parametrize("importer", RANKINGS, ids=lambda importer: importer.__name__)
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(WORDS, st.integers(1, 5)), min_size=1, max_size=5))
 def test_any_ranked_replies_keep_the_invariants_or_are_dropped_once(importer, scored):

@@ -1,6 +1,6 @@
 """Groups by the source's id and by words."""
 
-from data_prep.groups import join_groups
+from data_prep.source import join_groups
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preference_forms import root_group
 from offline_lmrl.logs.trajectory import Trajectory, Turn

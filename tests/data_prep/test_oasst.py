@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from data_prep.oasst import Oasst
-from data_prep.oasst_ratings import OasstRatings
+from data_prep.oasst import Oasst, OasstRatings
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_comparisons, read_trajectories
 from tests.comparisons import check_invariants

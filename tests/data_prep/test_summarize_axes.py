@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.summarize_axes import SummarizeAxes
+from data_prep.summarize import SummarizeAxes
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories
 from tests.data_prep.test_summarize_comparisons import ARTICLE, POST

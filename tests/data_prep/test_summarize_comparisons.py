@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.summarize_comparisons import SummarizeComparisons
+from data_prep.summarize import SummarizeComparisons
 from offline_lmrl.logs.io import read_comparisons
 from tests.comparisons import check_invariants, read_one
 

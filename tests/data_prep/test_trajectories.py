@@ -8,11 +8,11 @@ import pytest
 from data_prep.chat_thumbs import ChatThumbs
 from data_prep.kto import Kto
 from data_prep.lmrl_gym import LmrlGym
-from data_prep.oasst_ratings import OasstRatings
+from data_prep.oasst import OasstRatings
 from data_prep.red_team import RedTeam
 from data_prep.scored import Scored
 from data_prep.stepwise import Stepwise
-from data_prep.summarize_axes import SummarizeAxes
+from data_prep.summarize import SummarizeAxes
 from data_prep.trajectories import scored_pairs
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -50,7 +50,7 @@ ROWS = {
         [{}] * 6)), *({**row, "reward": 1, "worker": "w"} for row in test_scored.KEPT)],
     SummarizeAxes: [test_summarize_axes.row(info={"id": f"t3_{i}", "post": f"p{i}"}) for i in range(9)],
 }  # fmt: skip
-IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__module__.split(".")[1])
+IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__)
 
 
 @IMPORTERS

@@ -207,6 +207,17 @@ def test_q_is_computed_for_the_tokens_that_the_support_leaves():
     assert 1 < left <= model.asked["rows of Q"] < 2 * left  # rounded up to a power of two
 
 
+@pytest.mark.parametrize(
+    "form", [{"support": 0.1, "clip": 0.0}, {"candidates": 5}, {"top_p": 0.8, "temperature": 0.7}]
+)
+def test_q_of_all_tokens_as_on_a_gpu_gives_the_same_replies(monkeypatch, form):
+    before = sample(tiny(WithValues), PROMPTS, beta=1.0, max_new_tokens=8, **form)
+    monkeypatch.setattr(DecodingConfig, "reads_all_of_q", lambda self, device: True)
+    model = tiny(WithValues)
+    assert_same_replies(before, sample(model, PROMPTS, beta=1.0, max_new_tokens=8, **form))
+    assert model.asked["rows of Q"] % 24 == 0  # of the whole vocabulary, with each token
+
+
 def test_as_many_candidates_as_tokens_change_nothing():
     prompts = [[1, 2], [3]]
     everything = sample(tiny(WithValues), prompts, beta=1.0, max_new_tokens=6)

@@ -13,6 +13,7 @@ import transformers
 import offline_lmrl.algorithms.ppo as ppo
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.logs.protocols import StepResult
@@ -92,7 +93,7 @@ def distance_to_closed_form(folder, texts, seed, kl_weight=0.5):
         whiten_advantages=False,
         value_weight=0.5,
         value_clip_range=None,
-        decoding={"max_new_tokens": 8},
+        decoding=DecodingConfig(max_new_tokens=8),
         save_rollouts=False,
         **COMMON,
     )
@@ -164,7 +165,7 @@ def test_count_is_learnt_within_8192_environment_steps(tmp_path, seed):
         learning_rate=2e-3,
         warmup_steps=4,
         kl_weight=0.05,
-        decoding={"max_new_tokens": 4},
+        decoding=DecodingConfig(max_new_tokens=4),
         **COMMON,
     )
     run = PPOTrainer(str(start), args, Count)
