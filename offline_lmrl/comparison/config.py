@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_lmrl.comparison.methods import MethodConfig, complete_methods, require_at_least, require_known
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.evaluation.metrics import ScoreScale
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.renamed import current
@@ -85,10 +85,14 @@ class EvaluationConfig:
             require_at_least(f"evaluation.{name}", count, 1)
         require_at_least("evaluation.first_seed", self.first_seed, 0)
         require_at_least("evaluation.kl_budget", self.kl_budget, 0)
-        if not self.betas or min(self.betas) < 0:
-            raise InputError(f"evaluation.betas: found {list(self.betas)}, expected at least one number, none below 0")
-        if "beta" in self.decoding:
-            raise InputError("evaluation.decoding.beta: found a value, expected none: evaluation.betas sets it")
+        require(
+            min(self.betas, default=-1) >= 0,
+            f"evaluation.betas: found {list(self.betas)}, expected at least one number, none below 0",
+        )
+        require(
+            "beta" not in self.decoding,
+            "evaluation.decoding.beta: found a value, expected none: evaluation.betas sets it",
+        )
 
     @property
     def seeds(self) -> range:
@@ -153,27 +157,26 @@ class CompareConfig:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         methods = {name: MethodConfig.of(name, entry) for name, entry in self.methods.items()}
         object.__setattr__(self, "methods", complete_methods(methods))
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds: found {list(self.seeds)}, expected at least one, and no seed twice")
-        if "name" not in self.environment:
-            raise InputError("environment.name: missing, expected the name of an environment")
+        require(
+            0 < len(self.seeds) == len(set(self.seeds)),
+            f"seeds: found {list(self.seeds)}, expected at least one, and no seed twice",
+        )
+        require("name" in self.environment, "environment.name: missing, expected the name of an environment")
         require_known(self.data, {"train", "validation", "reward"}, "data")
-        if not self.data.get("train"):
-            raise InputError("data.train: missing, expected a file or folder of trajectories")
-        if self.prepare is not None and "command" not in self.prepare:
-            raise InputError("prepare.command: missing, expected the SOURCE of `offline-lmrl prepare SOURCE`")
-        if not self.evaluated:
-            raise InputError("methods: found none to evaluate, expected at least one")
-        if self.baseline:
-            require_known([self.baseline], set(self.evaluated), "baseline")
-        else:
-            object.__setattr__(self, "baseline", self.evaluated[0])
+        require(bool(self.data.get("train")), "data.train: missing, expected a file or folder of trajectories")
+        require(
+            self.prepare is None or "command" in self.prepare,
+            "prepare.command: missing, expected the SOURCE of `offline-lmrl prepare SOURCE`",
+        )
+        require(bool(self.evaluated), "methods: found none to evaluate, expected at least one")
+        object.__setattr__(self, "baseline", self.baseline or self.evaluated[0])
+        require_known([self.baseline], set(self.evaluated), "baseline")
         for name, method in self.methods.items():
             self._check_file(f"methods.{name}.train", method)
-        if self.partner is not None and "partner" in self.methods:
-            raise InputError(
-                "methods: found the name 'partner' beside a partner, expected another: it names the partner's run"
-            )
+        require(
+            self.partner is None or "partner" not in self.methods,
+            "methods: found the name 'partner' beside a partner, expected another: it names the partner's run",
+        )
         self._check_selection()
 
     @property
@@ -193,11 +196,11 @@ class CompareConfig:
             found["environment"] = file["environment"]
             expected["environment"] = self.environment | self.training_environment
         for key, value in found.items():
-            if value is not None and value != expected.get(key):
-                raise InputError(
-                    f"{where}: {method.train}: {key}: found {shown(value)}, expected {shown(expected.get(key))} as in "
-                    "the comparison, or no such setting"
-                )
+            require(
+                value is None or value == expected.get(key),
+                f"{where}: {method.train}: {key}: found {shown(value)}, expected {shown(expected.get(key))} as in the "
+                "comparison, or no such setting",
+            )
 
     def _check_selection(self) -> None:
         chosen = self.evaluation.selection
@@ -207,11 +210,11 @@ class CompareConfig:
         reported = self.evaluation.seeds
         last = min(reported.stop, chosen.first_seed + chosen.episodes)
         shared = last - max(reported.start, chosen.first_seed)  # by arithmetic: a mistyped number may be huge
-        if same and shared > 0:
-            raise InputError(
-                f"evaluation.selection.first_seed: found {shared} episode seeds that are also reported, "
-                "expected other seeds, or another `environment`"
-            )
+        require(
+            not same or shared <= 0,
+            f"evaluation.selection.first_seed: found {shared} episode seeds that are also reported, expected other "
+            "seeds, or another `environment`",
+        )
 
     @classmethod
     def read(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "CompareConfig":

@@ -24,6 +24,8 @@ COSTS = (
 )
 EVERYWHERE = ("score [95%]", "beta", "seeds", "regime")
 PARTS = {
+    "checkpoint": "checkpoint",
+    "train file": "train",
     "starts from": "start_from",
     "value model": "value_model",
     "reward model": "reward_model",
@@ -199,7 +201,7 @@ def _method_lines(results: Results) -> list[Line]:
         {
             "method": name,
             "algorithm": method["algorithm"],
-            **{title: method[key] for title, key in PARTS.items() if method.get(key)},
+            **{title: as_text(method[key]) for title, key in PARTS.items() if method.get(key)},
             "regime": regimes.get(name, "not evaluated"),
             "seeds": " ".join(dict.fromkeys(str(run["seed"]) for run in runs if run["method"] == name)),
             "its own settings": as_text({name: method.get(name) for name in OWN}),

@@ -201,6 +201,7 @@ def save_evaluation(
         "method": entry.described,
     }
     row |= {"made": provenance(), "config": config}
+    row.pop("declared", None)  # of a model made elsewhere nothing is known here
     with locked(folder):
         earlier = read_folder(folder) if (folder / "results.jsonl").exists() else []
         same = ("method", "seed", "decode", "beta_chosen")

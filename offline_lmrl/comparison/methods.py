@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from offline_lmrl.errors import InputError, listed, shown
+from offline_lmrl.errors import InputError, listed, require, shown
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.renamed import current
 from offline_lmrl.settings import build, nearest, setting
@@ -160,17 +160,15 @@ class MethodConfig:
             is.
         Raises: InputError that names the setting.
         """
-        if not (isinstance(name, str) and re.fullmatch(NAME, name)):
-            raise InputError(
-                f"methods: found the name {shown(name)}, expected text of letters, digits, spaces and "
-                "_ . + = , @ -, at most 100 characters, with a letter, digit or _ first, because it is part of "
-                "file names"
-            )
+        require(
+            isinstance(name, str) and re.fullmatch(NAME, name) is not None,
+            f"methods: found the name {shown(name)}, expected text of letters, digits, spaces and _ . + = , @ -, at "
+            "most 100 characters, with a letter, digit or _ first, because it is part of file names",
+        )
         if isinstance(entry, cls):
             return entry
         where = f"methods.{name}"
-        if not isinstance(entry, Mapping):
-            raise InputError(f"{where}: found {shown(entry)}, expected a mapping with `algorithm`")
+        require(isinstance(entry, Mapping), f"{where}: found {shown(entry)}, expected a mapping with `algorithm`")
         require_known(entry, {field.name for field in fields(cls)} - {"start_from", "file"} | {"from"}, where)
         given = {key: value for key, value in entry.items() if value is not None}
         _check_source(given, where)
@@ -179,24 +177,28 @@ class MethodConfig:
         if "train" in given:
             given |= _from_file(given, where)
         method = build(cls, {"start_from" if key == "from" else key: value for key, value in given.items()}, where)
-        if "beta" in method.decoding:
-            raise InputError(f"{where}.decoding.beta: found a value, expected none: `betas` sets it")
-        if min(method.betas or (), default=0) < 0:
-            raise InputError(f"{where}.betas: found {list(method.betas)}, expected a list of numbers, none below 0")
+        require(
+            min(method.betas or (), default=0) >= 0,
+            f"{where}.betas: found {list(method.betas or ())}, expected a list of numbers, none below 0",
+        )
+        require("beta" not in method.decoding, f"{where}.decoding.beta: found a value, expected none: `betas` sets it")
         return method
 
 
 def _check_source(given: Mapping[str, Any], where: str) -> None:
     """Check that a method has one of SOURCES, and no setting that this source determines or has no use for."""
     found = [key for key in SOURCES if key in given]
-    if len(found) != 1:
-        several = " and ".join(found) or "none of them"
-        raise InputError(f"{where}: found {several}, expected exactly one of {', '.join(SOURCES)}")
-    (source,) = found
-    if source in ("run_of", "checkpoint") and (other := sorted(set(given) & set(TRAINING))):
-        raise InputError(f"{where}.{other[0]}: found beside `{source}`, which sets it, expected only one of them")
-    if source != "checkpoint" and "cost" in given:
-        raise InputError(f"{where}.cost: found it without `checkpoint`, expected none: the cost of a run is measured")
+    several = " and ".join(found) or "none of them"
+    require(len(found) == 1, f"{where}: found {several}, expected exactly one of {', '.join(SOURCES)}")
+    for other in sorted(set(given) & set(TRAINING)):
+        require(
+            found[0] in ("algorithm", "train"),
+            f"{where}.{other}: found beside `{found[0]}`, which sets it, expected only one of them",
+        )
+    require(
+        "cost" not in given or "checkpoint" in given,
+        f"{where}.cost: found it without `checkpoint`, expected none: the cost of a run is measured",
+    )
 
 
 def _from_file(given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -209,15 +211,14 @@ def _from_file(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises: InputError that names the setting.
     """
     path = given["train"]
-    if not isinstance(path, str):
-        raise InputError(f"{where}.train: found {shown(path)}, expected the path of a YAML file")
+    require(isinstance(path, str), f"{where}.train: found {shown(path)}, expected the path of a YAML file")
     file = current(read_yaml(path, "settings"), path)
     require_known(file, set(FILE), f"{where}.train: {path}")
-    if not isinstance(file.get("algorithm"), str):
-        raise InputError(f"{where}.train: {path}: algorithm: found {shown(file.get('algorithm'))}, expected a name")
+    algorithm = file.get("algorithm")
+    require(isinstance(algorithm, str), f"{where}.train: {path}: algorithm: found {shown(algorithm)}, expected a name")
     for key in ("model", "args", "data"):
-        if not isinstance(file.setdefault(key, {}), Mapping):
-            raise InputError(f"{where}.train: {path}: {key}: found {shown(file[key])}, expected a mapping")
+        block = file.setdefault(key, {})
+        require(isinstance(block, Mapping), f"{where}.train: {path}: {key}: found {shown(block)}, expected a mapping")
     file["args"] = {key: value for key, value in file["args"].items() if key not in ("output_dir", "seed")}
     preference = given.get("preference") or file["data"].get("preference")
     return {"file": file, "algorithm": file["algorithm"]} | ({} if preference is None else {"preference": preference})
@@ -264,12 +265,11 @@ def _check_references(methods: Mapping[str, MethodConfig], name: str, before: Se
       before: names of the methods that need this one, to detect a circle.
     Raises: InputError that names the setting.
     """
-    if name in before:
-        circle = " <- ".join([*before, name])
-        raise InputError(
-            f"methods.{name}: found the circle {circle}, expected `from`, `value_model` and `reward_model` "
-            "without a circle"
-        )
+    require(
+        name not in before,
+        f"methods.{name}: found the circle {' <- '.join([*before, name])}, expected `from`, `value_model` and "
+        "`reward_model` without a circle",
+    )
     method = methods[name]
     blocks = {"model": method.model, "args": method.args, "preference": method.preference or {}}
     for key, other in method.references.items():
@@ -277,8 +277,8 @@ def _check_references(methods: Mapping[str, MethodConfig], name: str, before: Se
         if key in LEARNT_WITH:
             _check_references(methods, other, (*before, name))
             block, names = LEARNT_WITH[key]
-            if twice := sorted(set(names) & set(blocks[block])):
-                where = f"methods.{name}.{block}.{twice[0]}"
+            for twice in sorted(set(names) & set(blocks[block])):
+                where = f"methods.{name}.{block}.{twice}"
                 raise InputError(f"{where}: found beside `{key}`, which sets it, expected only one of them")
 
 
@@ -292,10 +292,10 @@ def require_known(names: Iterable[str], known: set[str], where: str) -> None:
     Raises: InputError for the first unknown name, which also suggests the known name that is nearest to it.
     """
     for name in names:
-        if not isinstance(name, str) or name not in known:
-            raise InputError(
-                f"{where}: found {shown(name)}, expected one of {listed(sorted(known))}{nearest(str(name), known)}"
-            )
+        require(
+            isinstance(name, str) and name in known,
+            f"{where}: found {shown(name)}, expected one of {listed(sorted(known))}{nearest(str(name), known)}",
+        )
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
@@ -305,5 +305,4 @@ def require_at_least(name: str, value: float, least: float) -> None:
       name: dotted name of the setting, for the error message.
     Raises: InputError that names the setting.
     """
-    if not value >= least:
-        raise InputError(f"{name}: found {value}, expected at least {least}")
+    require(value >= least, f"{name}: found {value}, expected at least {least}")

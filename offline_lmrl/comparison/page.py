@@ -25,7 +25,7 @@ from offline_lmrl.logs.terminal import visible
 
 NO_FIGURES = {
     "All figures": "matplotlib is not installed; run `pip install 'offline_lmrl[plots]'`, then "
-    "`offline-lmrl compare FOLDER` with the folder of results.jsonl"
+    "`offline-lmrl report FOLDER` with the folder of results.jsonl"
 }
 
 

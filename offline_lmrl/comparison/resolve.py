@@ -17,7 +17,7 @@ from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import ELSEWHERE, LEARNT_WITH, CollectConfig, MethodConfig
 from offline_lmrl.comparison.runs import FOREIGN, Entry, Run
 from offline_lmrl.decoding.config import DecodingConfig, PlannerConfig
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.files import reading
 from offline_lmrl.renamed import current
 from offline_lmrl.run import COMPLETE, SPEED
@@ -43,11 +43,11 @@ def resolve(config: CompareConfig) -> list[Entry]:
         runs.partner.configs()
         DecodingConfig.from_dict(config.partner.decoding)
     if config.training_environment:
-        if not any(method.plays for method in runs.methods.values()):
-            raise InputError(
-                f"training_environment: found {sorted(config.training_environment)}, expected a method that learns by "
-                "playing, or no such setting"
-            )
+        require(
+            any(method.plays for method in runs.methods.values()),
+            f"training_environment: found {sorted(config.training_environment)}, expected a method that learns by "
+            "playing, or no such setting",
+        )
         if config.partner is None:  # with a partner, the environment cannot be built before it is trained
             make_environment(**config.environment | config.training_environment)
     entries = [runs.entry(name, seed) for seed in config.seeds for name in config.evaluated]
@@ -223,11 +223,15 @@ class _Runs:
     def _checkpoint(self, method: _Method, seed: int) -> Run:
         found, seeds, where = method.own.checkpoint, self.config.seeds, f"{method.where}.checkpoint"
         own = None if isinstance(found, str) and "{seed}" not in found else seed
-        if not isinstance(found, str) and len(found) != len(seeds):
-            raise InputError(f"{where}: found {len(found)} folders, expected one for each of {len(seeds)} seeds")
+        require(
+            isinstance(found, str) or len(found) == len(seeds),
+            f"{where}: found {len(found)} folders, expected one for each of {len(seeds)} seeds",
+        )
         folder = found.replace("{seed}", str(seed)) if isinstance(found, str) else found[seeds.index(seed)]
-        if not Path(folder).is_dir() and not re.fullmatch(HUB_NAME, folder):
-            raise InputError(f"{where}: found {shown(folder)}, expected a folder that exists, or a hub name")
+        require(
+            Path(folder).is_dir() or re.fullmatch(HUB_NAME, folder) is not None,
+            f"{where}: found {shown(folder)}, expected a folder that exists, or a hub name",
+        )
         return Run(method.name, own, folder, method.where, cost=method.own.cost)
 
     def _training(self, method: _Method, seed: int, needed: Mapping[str, Run]) -> Run:
@@ -242,9 +246,10 @@ class _Runs:
         folder = str(Path(self.config.output) / "runs" / f"{method.name}-{seed}")
         merged, preference, own = method.merged, method.own.preference, {"output_dir": folder, "seed": seed}
         for key in own:
-            if key in merged["args"]:
-                where = f"{method.where}.args.{key}"
-                raise InputError(f"{where}: found a value, expected none: `seeds` and `output` set it")
+            require(
+                key not in merged["args"],
+                f"{method.where}.args.{key}: found a value, expected none: `seeds` and `output` set it",
+            )
         if "from" in needed:
             merged["model"]["path"] = needed["from"].folder
         if "value_model" in needed:
@@ -304,34 +309,35 @@ def _check_value_heads(method: _Method) -> None:
     """
     use = ALGORITHMS[method.algorithm].value_model if method.algorithm in ALGORITHMS else None
     sources = {key: method.own.references.get(key) for key in ("value_model", "planner.scorer", "decoding.ask")}
-    if sources["value_model"] is not None and use is None:
-        raise InputError(
-            f"{method.where}.value_model: found {shown(method.own.value_model)}, expected none: {method.algorithm} "
-            "takes no value model"
-        )
+    require(
+        sources["value_model"] is None or use is not None,
+        f"{method.where}.value_model: found {shown(method.own.value_model)}, expected none: {method.algorithm} takes "
+        "no value model",
+    )
     if use == "starts":
         del sources["value_model"]  # only the trunk is taken
     for key, source in sources.items():
         start = source
         while start is not None and not method.others[start].trains_values:
             start = method.others[start].own.start_from
-        if source is not None and start is None:
-            raise InputError(
-                f"{method.where}.{key}: found {shown(source)}, which has no value heads, expected a method that has "
-                "them"
-            )
+        require(
+            source is None or start is not None,
+            f"{method.where}.{key}: found {shown(source)}, which has no value heads, expected a method that has them",
+        )
 
 
 def _check_entry(method: _Method, entry: Entry) -> None:
     """Check the settings by which a method is trained and measured. Raises: InputError that names the setting."""
     own, run = method.own, entry.run
-    if method.algorithm == FOREIGN and own.cost is None:
-        raise InputError(
-            f"{method.where}.cost: missing, expected the cost of training the checkpoint: training_tokens, "
-            "generated_tokens, reward_queries"
-        )
-    if own.evaluate and entry.betas and not method.config.data.get("validation"):
-        raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {method.name} on")
+    require(
+        method.algorithm != FOREIGN or own.cost is not None,
+        f"{method.where}.cost: missing, expected the cost of training the checkpoint: training_tokens, "
+        "generated_tokens, reward_queries",
+    )
+    require(
+        not (own.evaluate and entry.betas) or bool(method.config.data.get("validation")),
+        f"data.validation: missing, expected held-out trajectories to choose β of {method.name} on",
+    )
     if run.settings is None:
         DecodingConfig.from_dict(entry.decoding)
         return
@@ -343,11 +349,11 @@ def _check_entry(method: _Method, entry: Entry) -> None:
         found[run.length_key] = saved if run.collect is None else run.collect.decoding
     for key, decoding in found.items():
         length = DecodingConfig.from_dict(decoding).max_new_tokens
-        if length > args.max_length:  # the longest reply has to fit into the window
-            raise InputError(
-                f"{key}: found {length}, expected at most the max_length of {method.name}, {args.max_length}, which "
-                "must hold the reply"
-            )
+        require(
+            length <= args.max_length,
+            f"{key}: found {length}, expected at most the max_length of {method.name}, {args.max_length}, which must "
+            "hold the reply",
+        )
 
 
 def algorithm_of_run(folder: str) -> str | None:

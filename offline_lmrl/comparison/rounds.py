@@ -9,7 +9,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from offline_lmrl.comparison.methods import CollectConfig
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import require
 from offline_lmrl.logs.files import read_object, reading
 from offline_lmrl.logs.io import read_trajectories, write_text, write_trajectories
 from offline_lmrl.run import DataConfig, ModelConfig, train, weights_hash
@@ -26,15 +26,21 @@ from offline_lmrl.tasks import make_environment
 from offline_lmrl.training.config import BaseConfig
 
 
-def train_in_rounds(
-    algorithm: str,
-    model: ModelConfig,
-    data: DataConfig,
-    args: BaseConfig,
-    environment: Mapping[str, Any],
-    collect: CollectConfig,
-    players: Mapping[str, Any] | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class Rounds:
+    """The play between trainings.
+
+    collect: number and size of the rounds, and how they are played.
+    environment: `name` and settings of `make_environment`.
+    players: further settings of `make_environment` that are objects, such as a partner's policy.
+    """
+
+    collect: CollectConfig
+    environment: Mapping[str, Any]
+    players: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train_in_rounds(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig, rounds: Rounds) -> Path:
     """Train a policy; then, `collect.rounds` times, play with it and train it again on all logs so far.
 
     Args:
@@ -42,25 +48,24 @@ def train_in_rounds(
       model: the model of the first training; each later training starts from the weights of the one before.
       data: the logs before the first round.
       args: config of the algorithm, for every training; `args.output_dir` is the run directory of the last one.
-      environment: `name` and settings of `make_environment`.
-      collect: number and size of the rounds, and how they are played.
-      players: further settings of `make_environment` that are objects, such as a partner's policy; None = none.
+      rounds: the play between trainings.
     Returns: the run directory of the last training. It contains those of the earlier ones, round-0, round-1, and so
       on, each with the logs.jsonl that the next training learnt from. Its complete.json counts the play of all rounds.
     Raises: InputError if the algorithm learns by playing, there are no data, or `data.preference` is given.
     """
-    if ALGORITHMS[algorithm].plays or data.train is None:
-        raise InputError(
-            f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm "
-            "that learns from data, and a value of data.train"
-        )
-    if data.preference is not None:
-        raise InputError(
-            "collect: found it beside data.preference, expected only one of them: the played episodes "
-            "have rewards of their own"
-        )
+    require(
+        data.train is not None and not ALGORITHMS[algorithm].plays,
+        f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm that learns from "
+        "data, and a value of data.train",
+    )
+    require(
+        data.preference is None,
+        "collect: found it beside data.preference, expected only one of them: the played episodes have rewards of "
+        "their own",
+    )
+    collect = rounds.collect
     DecodingConfig.from_dict(collect.decoding)  # a mistake shows before anything is trained
-    world, played = make_environment(**environment, **(players or {})), Counter()
+    world, played = make_environment(**rounds.environment, **rounds.players), Counter()
     for number in range(collect.rounds):
         before = copy.copy(args)
         before.output_dir = str(Path(args.output_dir) / f"round-{number}")
@@ -69,7 +74,7 @@ def train_in_rounds(
         played += costs
         model = replace(model, path=str(run), scratch=None, tokenizer=None, lora=None)
         data = replace(data, train=str(logs), reward=None)
-    settings = {"environment": dict(environment), "collect": asdict(collect)}
+    settings = {"environment": dict(rounds.environment), "collect": asdict(collect)}
     return train(algorithm, model, data, args, settings=settings, costs=played)
 
 

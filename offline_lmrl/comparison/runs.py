@@ -10,7 +10,7 @@ from typing import Any
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.methods import CollectConfig, CostConfig
-from offline_lmrl.comparison.rounds import train_in_rounds
+from offline_lmrl.comparison.rounds import Rounds, train_in_rounds
 from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.run import DataConfig, ModelConfig, train
 from offline_lmrl.settings import build
@@ -70,7 +70,7 @@ class Run:
         """
         environment = self.settings["environment"]
         if self.collect is not None:
-            train_in_rounds(*self.configs(), environment, self.collect, players)
+            train_in_rounds(*self.configs(), Rounds(self.collect, environment, players))
         elif environment is not None:
             train(*self.configs(), environment=environment, players=players)
         else:

@@ -619,7 +619,7 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
         return stand_in(*entry)
 
     def train_in_rounds(*entry):
-        lengths["rounds-0"] = entry[5].decoding
+        lengths["rounds-0"] = entry[4].collect.decoding
         return stand_in(*entry[:4])
 
     monkeypatch.setattr(runs, "train", train)

@@ -9,7 +9,7 @@ from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.compare import run_compare
 from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
 from offline_lmrl.comparison.methods import CollectConfig, MethodConfig
-from offline_lmrl.comparison.rounds import train_in_rounds
+from offline_lmrl.comparison.rounds import Rounds, train_in_rounds
 from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
@@ -42,7 +42,7 @@ def learn(folder, data, algorithm="bc", rounds=2, environment=WORLD, model=None,
     args = load_algorithm(algorithm)[0](output_dir=str(folder), **settings)
     collect = CollectConfig(rounds, episodes=6, decoding={"max_new_tokens": 3})
     model = model or ModelConfig(scratch=SCRATCH, vocab_size=270)
-    return train_in_rounds(algorithm, model, data, args, environment, collect)
+    return train_in_rounds(algorithm, model, data, args, Rounds(collect, environment))
 
 
 @pytest.mark.parametrize("algorithm", ["bc", "ilql"])
