@@ -82,7 +82,7 @@ def terminal_table(rows: Sequence[Row]) -> "Table":
     for line in lines:
         line |= {"β": line.get("beta", ""), "cost": _short_cost(line)}
     columns = ("method", "decoding", "β", "score [95%]", baseline, "cost")
-    caption = "Cost is that of training. All columns are in table.md and in the report."
+    caption = "Cost: tokens read in training + environment steps. All columns: table.md and report."
     if any(estimate.seeds == 1 for estimate in results.estimates.values()):
         caption += " With one training seed, an interval describes that run."
     drawn = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
@@ -98,8 +98,7 @@ def terminal_table(rows: Sequence[Row]) -> "Table":
 
 
 def _short_cost(line: Line) -> str:
-    parts = {"training tokens": "tokens", "environment steps": "steps"}
-    cost = ", ".join(f"{line[name]} {unit}" for name, unit in parts.items() if name in line)
+    cost = " + ".join(line[name] for name in ("training tokens", "environment steps") if name in line)
     return f"{cost} (declared)" if cost and "declared" in line.get("regime", "") else cost
 
 

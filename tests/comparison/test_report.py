@@ -132,11 +132,10 @@ def test_the_table_of_the_terminal_has_the_columns_that_decide():
     assert printed(rows) == [
         "method          decoding  β            score [95%]        minus bc            cost",
         "behaviour                              0.50 [0.25, 0.75]",
-        "bc              sampled                1.00 [1.00, 1.00]                      1.23M tokens",
-        "ilql            sampled   4 (offline)  3.00 [3.00, 3.00]  2.00 [2.00, 2.00]*  1.23M tokens, 500",
-        "                                                                              steps",
+        "bc              sampled                1.00 [1.00, 1.00]                      1.23M",
+        "ilql            sampled   4 (offline)  3.00 [3.00, 3.00]  2.00 [2.00, 2.00]*  1.23M + 500",
         "RL (published)                         7.10",
-        "Cost is that of training. All columns are in table.md and in the report.",
+        "Cost: tokens read in training + environment steps. All columns: table.md and report.",
     ]
 
 
