@@ -636,10 +636,10 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
     }
     run(world)
     assert lengths == {
-        "ppo-0": {"max_new_tokens": 5},
-        "hot-0": {"max_new_tokens": 5, "temperature": 2.0},
-        "long-0": {"max_new_tokens": 9},
-        "short-0": {"max_new_tokens": 3},
+        "ppo-0": DecodingConfig(max_new_tokens=5),
+        "hot-0": DecodingConfig(max_new_tokens=5, temperature=2.0),
+        "long-0": DecodingConfig(max_new_tokens=9),
+        "short-0": DecodingConfig(max_new_tokens=3),
         "rounds-0": {"max_new_tokens": 5, "support": 0.1},
         "bc-0": None,
     }
@@ -649,7 +649,7 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
     world.settings["output"] += "_without"
     world.settings["methods"] = {name: world.settings["methods"][name] for name in ("ppo", "rounds")}
     run(world)
-    assert lengths["ppo-0"] == {} and lengths["rounds-0"] == {"support": 0.1}
+    assert lengths["ppo-0"] == DecodingConfig() and lengths["rounds-0"] == {"support": 0.1}
 
 
 @pytest.mark.parametrize(
