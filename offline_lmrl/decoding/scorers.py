@@ -26,12 +26,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model, require_no_few_shot
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
 from offline_lmrl.logs.protocols import Scorer, import_object, optional
 from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, shown
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.models.adapters import most_positions, part_of, run_metadata
 from offline_lmrl.models.guided import return_tokens_of
