@@ -17,7 +17,6 @@ MAX_VALUES = 100_000  # each alias counts as many values as it refers to
 MAX_WHOLE = 2**63  # torch, Arrow and numpy cannot hold numbers from here on
 
 
-
 class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
     """PyYAML's safe loader with other rules for the type of plain text."""
 
