@@ -26,12 +26,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model, require_no_few_shot
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
 from offline_lmrl.logs.protocols import Scorer, import_object, optional
 from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, shown
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.models.adapters import most_positions, part_of, run_metadata
 from offline_lmrl.models.guided import return_tokens_of
@@ -244,6 +244,8 @@ class ValueHeadsScorer(PolicyScorer):
 
     def score_rows(self, rows):
         if self.of == "utterance":
+            if not all(np.any(kinds) for _, kinds in rows):
+                raise InputError("option: found no turn of the agent, expected one, whose Q is the score")
             return self.unit * self.outputs(rows, ["utterance_q"], only_last=True)[0].utterance_q
         outputs, row = self.outputs(rows, ["target_q", "v"])
         return self.unit * np.bincount(row, outputs.target_q - outputs.v, len(rows))

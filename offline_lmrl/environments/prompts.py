@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from offline_lmrl.errors import InputError, require
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import parsed, raw_splits
 from offline_lmrl.logs.messages import read_request
 from offline_lmrl.logs.preferences import score_rows
 from offline_lmrl.logs.protocols import Scorer, StepResult, import_object
 from offline_lmrl.logs.record import Record
-from offline_lmrl.logs.trajectory import Turn, finite, messages_of, shown
+from offline_lmrl.logs.trajectory import Turn, finite, messages_of
 
 SLOW = 2.0  # seconds of scoring after which a progress bar appears
 
