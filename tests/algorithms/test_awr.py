@@ -181,7 +181,7 @@ def test_another_critic_under_the_same_path_is_another_run_and_all_tokens_count_
 
     def train(name, algorithm, config, model, **values):
         args = config(**settings(tmp_path / name, **{"max_length": 48, "max_steps": 2, **values}))
-        return run.train(algorithm, model, data, args)
+        return run.train(run.RunConfig(algorithm, model, data, args))
 
     spec = ModelConfig(scratch=SPEC, vocab_size=280)
     cloned = train("bc", "bc", BCConfig, spec)

@@ -157,7 +157,7 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
     settings = {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True, "max_length": 64}
     for processes in (1, 2):
         args = config(tmp_path / "run", processes=processes, **settings)
-        run.train("reward_model", ModelConfig(scratch=SPEC, vocab_size=280), data, args)
+        run.train(run.RunConfig("reward_model", ModelConfig(scratch=SPEC, vocab_size=280), data, args))
     assert "processes" not in (tmp_path / "run" / "config.yaml").read_text()
 
 
@@ -376,7 +376,7 @@ def test_a_run_is_judged_on_what_its_bootstrap_left_out(tmp_path, normalise):
         disable_tqdm=True,
     )
     model = ModelConfig(scratch=SPEC, vocab_size=290)
-    folder = run.train("reward_model", model, DataConfig(str(tmp_path / "pairs.jsonl")), args)
+    folder = run.train(run.RunConfig("reward_model", model, DataConfig(str(tmp_path / "pairs.jsonl")), args))
     left_out = [rows[i] for i in bootstrap_sample(rows, 3)[1]]
     found = RewardModel.load(folder, device="cpu").score_each([(row.context, row.options) for row in left_out])
     lead = [scores @ np.subtract(row.target, row.target[::-1]) for row, scores in zip(left_out, found, strict=True)]
@@ -454,7 +454,7 @@ def test_an_adapter_trains_with_its_head_in_full_and_comes_back(tmp_path, head, 
     settings = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_length": 64}
     args = config(tmp_path / "run", head=head, save_strategy="steps", save_steps=6, disable_tqdm=True, **settings)
     model = ModelConfig(path=str(tmp_path / "base"), lora={"r": 4})
-    run.train("reward_model", model, data, args)
+    run.train(run.RunConfig("reward_model", model, data, args))
     with pytest.raises(InputError, match="^model: .*run: found a reward model, expected a causal LM"):
         load_model(tmp_path / "run")
     scorer = RewardModel.load(tmp_path / "run", device="cpu")
@@ -492,9 +492,9 @@ def test_a_run_is_trained_from_files_and_is_not_trained_twice(tmp_path):
     model = ModelConfig(scratch=SPEC, vocab_size=290)
     facts = run.dry_run(run.RunConfig("reward_model", model, data, args))
     assert (facts["comparisons"], facts["options"]) == (24, 48)
-    done = run.train("reward_model", model, data, args)
+    done = run.train(run.RunConfig("reward_model", model, data, args))
     written = (done / "complete.json").stat().st_mtime_ns
-    assert run.train("reward_model", model, data, args) == done
+    assert run.train(run.RunConfig("reward_model", model, data, args)) == done
     assert (done / "complete.json").stat().st_mtime_ns == written
     load_reward_model(done)
 
