@@ -179,11 +179,11 @@ def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
     return np.stack([means - [low for low, _ in known], [high for _, high in known] - means])
 
 
-def _level(axes: Axes, results: Results, line: Callable) -> None:
+def _level(results: Results, line: Callable) -> None:
     """Draw lines at the mean score of the logs and at the best possible score, if they are known.
 
     Args:
-      axes: not used.
+      results: the rows.
       line: `axes.axhline` or `axes.axvline`, depending on the axis that shows the score.
     """
     for row in results.of("behaviour", "optimum"):
@@ -200,7 +200,7 @@ def score_per_method(results: Results) -> tuple[Figure, str]:
     if not keys:
         raise Missing("no method has been measured yet")
     figure, axes = _axes(0.34 * len(keys) + 1.1, xlabel="score")
-    _level(axes, results, axes.axvline)
+    _level(results, axes.axvline)
     for place, key in enumerate(keys):
         estimate, style = results.estimates[key], _marker(results, key)
         seeds = list(results.cells[key].per_seed().values())
@@ -221,7 +221,7 @@ def return_against_kl(results: Results) -> tuple[Figure, str]:
     keys = [key for key, runs in results.groups.items() if all(run.get("kl") is not None for run in runs)]
     if not keys:
         raise Missing("no row has a KL, which only sampled play of a language model gives")
-    _level(axes, results, axes.axhline)
+    _level(results, axes.axhline)
     colour = colours(results)
     for key in keys:
         runs = results.groups[key]
@@ -262,7 +262,7 @@ def _against(results: Results, label: str, cost: Callable[[Row], float | None], 
       cost: function from a run (a row of results.jsonl) to its cost; None = unknown, and its key is left out.
       axes: axes to draw on.
     """
-    _level(axes, results, axes.axhline)
+    _level(results, axes.axhline)
     costs = {key: [cost(run) for run in runs] for key, runs in results.groups.items()}
     known = {key: mean_of(numbers) for key, numbers in costs.items() if None not in numbers}
     for key, x in known.items():

@@ -10,14 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.comparison.config import EvaluationConfig
 from offline_lmrl.comparison.measure import Played, Setting, result_row
 from offline_lmrl.comparison.methods import CostConfig, require_known
 from offline_lmrl.comparison.provenance import provenance
-from offline_lmrl.comparison.resolve import algorithm_of_run
+from offline_lmrl.comparison.resolve import settings_of_run
 from offline_lmrl.comparison.rows import SCHEME, Row, as_lines, plain, read_results
 from offline_lmrl.comparison.runs import FOREIGN, PLANNED, Entry, Run
 from offline_lmrl.decoding.planner import Planner
@@ -240,21 +238,19 @@ def _entry_of(run: str, decoding: dict[str, Any]) -> tuple[Entry, dict[str, Any]
 
     The method is called as the folder, without the training seed at its end.
     """
-    algorithm, settings = algorithm_of_run(run), {}
-    if algorithm is not None:
-        settings = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
+    settings = settings_of_run(run)
+    algorithm = settings.get("algorithm", FOREIGN)
     seed = settings.get("args", {}).get("seed", 0)
     name = Path(run).resolve().name if Path(run).exists() else run
-    regime = "not declared" if algorithm is None else ALGORITHMS[algorithm].regime
-    cost = CostConfig() if algorithm is None else None
+    regime, cost = (ALGORITHMS[algorithm].regime, None) if settings else ("not declared", CostConfig())
     entry = Entry(
         name.removesuffix(f"-{seed}"),
         (seed,),
-        algorithm or FOREIGN,
+        algorithm,
         Run(name, seed, run, name, cost=cost),
         decoding=decoding,
         regime=regime,
-        described=[{"algorithm": algorithm or FOREIGN, "decoding": decoding}],
+        described=[{"algorithm": algorithm, "decoding": decoding}],
     )
     hashes = settings.get("input_hashes")
     return entry, hashes and {name: hashes.get(name) for name in ("train", "validation")}

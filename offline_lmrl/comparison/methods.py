@@ -50,9 +50,7 @@ class CollectConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("rounds", self.rounds), ("episodes", self.episodes)):
-            require_at_least(f"collect.{name}", value, 1)
-        require_at_least("collect.first_seed", self.first_seed, 0)
+        require_at_least(self, "collect.", rounds=1, episodes=1, first_seed=0)
 
 
 @dataclass(frozen=True)
@@ -303,11 +301,15 @@ def require_known(names: Iterable[str], known: set[str], where: str) -> None:
         )
 
 
-def require_at_least(name: str, value: float, least: float) -> None:
-    """Check that value ≥ least; NaN fails.
+def require_at_least(config: Any, where: str, **least: int) -> None:
+    """Check fields of a config against the least value of each; NaN fails.
 
     Args:
-      name: dotted name of the setting, for the error message.
+      config: the config.
+      where: start of the dotted names of its fields, for the error message.
+      least: name of a field -> least value.
     Raises: InputError that names the setting.
     """
-    require(value >= least, f"{name}: found {value}, expected at least {least}")
+    for name, limit in least.items():
+        value = vars(config)[name]
+        require(value >= limit, f"{where}{name}: found {value}, expected at least {limit}")

@@ -104,7 +104,7 @@ class _Method:
         if checkpoint is None:
             return self.own.algorithm
         first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
-        return algorithm_of_run(first.replace("{seed}", str(self.config.seeds[0]))) or FOREIGN
+        return settings_of_run(first.replace("{seed}", str(self.config.seeds[0]))).get("algorithm", FOREIGN)
 
     @property
     def plays(self) -> bool:
@@ -375,10 +375,10 @@ def _check_entry(method: _Method, entry: Entry) -> None:
         )
 
 
-def algorithm_of_run(folder: str) -> str | None:
-    """Return the algorithm of the complete run in a folder; None if the folder holds none, or is a hub name."""
+def settings_of_run(folder: str) -> dict[str, Any]:
+    """Return the settings of the complete run in a folder; {} if the folder holds none, or is a hub name."""
     config = Path(folder) / "config.yaml"
     if not (Path(folder) / COMPLETE).is_file():
-        return None
+        return {}
     with reading(config, "the settings of a run"):
-        return current(yaml.safe_load(config.read_text(encoding="utf-8")))["algorithm"]
+        return current(yaml.safe_load(config.read_text(encoding="utf-8")))

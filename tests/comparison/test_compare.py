@@ -623,8 +623,8 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
         lengths[Path(config.args.output_dir).name] = getattr(config.args, "decoding", None)
         return stand_in(config)
 
-    def train_in_rounds(config, rounds):
-        lengths["rounds-0"] = rounds.collect.decoding
+    def train_in_rounds(config, collect, *world):
+        lengths["rounds-0"] = collect.decoding
         return stand_in(config)
 
     monkeypatch.setattr(runs, "train", train)
