@@ -55,7 +55,6 @@ class Setting:
 class Arena:
     """Where and how all entries of a comparison are measured.
 
-    output: folder of the results.
     environment: `name` and settings of `make_environment`.
     evaluation: the settings.
     players: function that returns settings of the environment that are objects, such as a partner's policy.
@@ -63,7 +62,6 @@ class Arena:
     console: receives the progress bars.
     """
 
-    output: Path
     environment: Mapping[str, Any]
     evaluation: EvaluationConfig
     players: Callable[[], Mapping[str, Any]]
