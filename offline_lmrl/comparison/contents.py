@@ -106,6 +106,11 @@ def glance(results: Results) -> list[str]:
         other = max(guided, key=lambda key: results.estimates[key].mean)
         with_returns = f"{other}: {results.estimates[other]}"
         sentences.append(f"Highest score with β chosen by returns on other episodes: {with_returns}.")
+    measured = {key.method for key in results.groups}
+    lacking = [name for name, method in results.shown["config"]["methods"].items() if method.get("evaluate", True)]
+    if lacking := [name for name in lacking if name not in measured]:
+        without = "; without those of the baseline, no differences are shown" * (baseline in lacking)
+        sentences.append(f"There are no results of {', '.join(lacking)}{without}.")
     if len(runs) < FEW_SEEDS:
         several = f"Fewer than {FEW_SEEDS} training seeds: intervals are wide, so the table lists every seed."
         one = "One training seed: intervals describe this run over episodes, and no method is called better."
@@ -199,7 +204,7 @@ def _method_lines(results: Results) -> list[Line]:
             "method": name,
             "algorithm": method["algorithm"],
             **{title: as_text(method[key]) for title, key in PARTS.items() if method.get(key)},
-            "regime": regimes.get(name, "not evaluated"),
+            "regime": regimes.get(name, "no results" if method.get("evaluate", True) else "not evaluated"),
             "seeds": " ".join(dict.fromkeys(str(run["seed"]) for run in runs if run["method"] == name)),
             "its own settings": as_text({name: method.get(name) for name in OWN}),
         }
