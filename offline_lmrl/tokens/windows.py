@@ -23,11 +23,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import Turn, leading_system_turns
-from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
+
+if TYPE_CHECKING:  # rendering imports transformers, which takes a second of `prepare SOURCE --help`
+    from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
 
 Ids = tuple[int, ...]
 
@@ -89,16 +91,16 @@ class EncodedDialogue:
       preamble: the ids before the first turn: preamble and few-shot demonstrations. They are never dropped.
     """
 
-    renderer: Renderer
+    renderer: "Renderer"
     turns: Sequence[Turn]
-    encoded: Sequence[EncodedTurn]
+    encoded: Sequence["EncodedTurn"]
     preamble: Ids
 
     @classmethod
     def of(
         cls,
         turns: Sequence[Turn],
-        renderer: Renderer,
+        renderer: "Renderer",
         return_ids: Sequence[Ids] | None = None,
         few_shot: Sequence[int] = (),
     ) -> "EncodedDialogue":
@@ -220,7 +222,7 @@ def cut_windows(
 
 def policy_window(
     turns: Sequence[Turn],
-    renderer: Renderer,
+    renderer: "Renderer",
     rule: WindowRule,
     reserve: int = 0,
     return_ids: Sequence[Ids] | None = None,
