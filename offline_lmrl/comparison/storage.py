@@ -130,7 +130,7 @@ class Storage:
 
     @cached_property
     def _weights(self) -> dict[str, str]:
-        """What the models made elsewhere are, by folder: a hash of their weights; of one on the hub, its name."""
+        """A hash of the weights of each model made elsewhere, by its folder; of one on the hub, its name."""
         runs = [run for entry in self.entries.values() for run in entry.runs() if run.settings is None]
         return {folder: weights_hash(folder) or folder for folder in {run.folder for run in runs}}
 
