@@ -274,7 +274,7 @@ def encode_options(
       by_turn: False: one row per option. True: one row per agent turn of an option.
     Returns: one list of rows per option, or None if an option does not fit.
     """
-    dialogues = [EncodedDialogue.of([*context, *option], renderer) for option in options]
+    dialogues = [EncodedDialogue([*context, *option], renderer) for option in options]
     faults = chain.from_iterable(renderer.check.faults_in(dialogue.turns) for dialogue in dialogues)
     counts.update([*dict.fromkeys(faults)])  # each fault once per comparison
     cut = _cut_by_turn if by_turn else _cut_as_one_turn
