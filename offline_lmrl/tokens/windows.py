@@ -123,10 +123,10 @@ class EncodedDialogue:
           decreases as `index` grows and does not depend on earlier windows, so training and live play agree whenever
           the lengths are equal.
         """
-        needed = self.fixed + (self.lengths[index] if length is None else length)
+        first = min(self.head, index)  # a reply may itself begin with a system turn, which is not visible before it
+        needed = len(self.preamble) + sum(self.lengths[:first]) + (self.lengths[index] if length is None else length)
         if needed > rule.max_length:
             return None
-        first = min(self.head, index)
         if rule.context is not None and index - first > rule.context:
             first += -(-(index - first - rule.context) // rule.stride) * rule.stride  # −(−a // b) rounds a / b up
         while first < index and needed + sum(self.lengths[first:index]) + reply > rule.max_length:
