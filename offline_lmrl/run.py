@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -126,6 +126,37 @@ class DataConfig:
             )
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run, as `train` takes them.
+
+    algorithm: name of the algorithm, a key of ALGORITHMS.
+    model: the origin of the model.
+    data: the training and validation data.
+    args: the algorithm's settings; `output_dir` is the run's folder.
+    environment: arguments of `make_environment`: `name` and the environment's settings, for an algorithm that plays;
+      None = no environment.
+    """
+
+    algorithm: str
+    model: ModelConfig
+    data: DataConfig
+    args: BaseConfig
+    environment: Mapping[str, Any] | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        """Return all settings that determine the run's result, as plain values: the main part of config.yaml."""
+        played = {} if self.environment is None else {"environment": dict(self.environment)}
+        values = {
+            name: value
+            for name, value in self.args.to_dict().items()
+            if isinstance(value, str | int | float | dict | list | None) and name not in SPEED
+        }
+        sources = {"algorithm": self.algorithm, "model": asdict(self.model), "data": asdict(self.data)}
+        # Through JSON, so that tuples are lists as in the config.yaml with which this is compared.
+        return json.loads(json.dumps({**sources, **played, "args": values}))
+
+
 def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
     """Load the tokenizer that `config` names, or train one on the text of the data `rows`."""
     if config.tokenizer is not None or config.path is not None:
@@ -138,18 +169,17 @@ def _turns(row: Trajectory | Comparison) -> Iterator[Turn]:
     return chain(row.turns) if isinstance(row, Trajectory) else chain(row.context, *row.options)
 
 
-def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counter[str]) -> tuple[Rows, Rows | None]:
+def read_data(config: RunConfig, counts: Counter[str]) -> tuple[Rows, Rows | None]:
     """Read the training and the validation data.
 
     Args:
-      algorithm: name of the algorithm, a key of ALGORITHMS.
-      data: the sources.
-      args: the algorithm's settings; if they have `processes`, that many processes read comparisons.
+      config: the settings of the run; if `args` has `processes`, that many processes read comparisons.
       counts: is incremented for each repaired or dropped row, under the reason, and for other faults of the data, for
         example for each group (rows of one root prompt or conversation) that is in both training and validation data.
     Returns: training rows, and validation rows or None; ([], None) for an algorithm that plays and has no data.train.
     Raises: InputError if data cannot be read, or if an algorithm that learns from data has no data.train.
     """
+    algorithm, data = config.algorithm, config.data
     if data.train is None:
         require(
             ALGORITHMS[algorithm].plays,
@@ -160,7 +190,7 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
     def rows(source: str, counts: Counter[str]) -> Rows:
         if data.preference is not None:
             return scored(source, data.preference, counts)
-        return args.read_rows(source, counts, data.reward)
+        return config.args.read_rows(source, counts, data.reward)
 
     train, held_out, left_out = rows(data.train, counts), None, Counter()
     if data.validation:
@@ -212,25 +242,17 @@ def scorer_runs(preference: Mapping[str, Any] | None) -> list[str]:
     return list(texts((preference or {}).get("reward")))
 
 
-def build_trainer(
-    algorithm: str,
-    model: ModelConfig,
-    rows: Rows,
-    validation: Rows | None,
-    args: BaseConfig,
-    environment: Any = None,
-) -> BaseTrainer:
+def build_trainer(config: RunConfig, rows: Rows, validation: Rows | None, environment: Any = None) -> BaseTrainer:
     """Build the tokenizer, the model and the trainer, and return the trainer.
 
     Args:
-      algorithm: name of the algorithm, a key of ALGORITHMS.
-      model: the origin of the model.
+      config: the settings of the run.
       rows: the training data.
       validation: the validation data; None = no validation.
-      args: the algorithm's settings.
       environment: the result of `open_environment`; None for an algorithm that learns from data.
     Raises: InputError if model, data and settings do not fit together.
     """
+    model, args = config.model, config.args
     transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
     tokenizer = build_tokenizer(model, rows)
     network: PreTrainedModel
@@ -245,21 +267,21 @@ def build_trainer(
             peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
         except (TypeError, ValueError) as error:
             raise InputError(f"model.lora: found {model.lora}, expected fields of peft.LoraConfig: {error}") from error
-    sources = (environment, rows or None) if ALGORITHMS[algorithm].plays else (rows, validation)
-    return load_algorithm(algorithm)[1](network, args, *sources, tokenizer, peft_config)
+    sources = (environment, rows or None) if ALGORITHMS[config.algorithm].plays else (rows, validation)
+    return load_algorithm(config.algorithm)[1](network, args, *sources, tokenizer, peft_config)
 
 
-def open_environment(algorithm: str, environment: Mapping[str, Any] | None, players: Mapping[str, Any]) -> Any:
+def open_environment(config: RunConfig, players: Mapping[str, Any]) -> Any:
     """Make the environment that the algorithm plays in.
 
     Args:
-      algorithm: name of the algorithm, a key of ALGORITHMS.
-      environment: arguments of `make_environment`: `name` and the environment's settings; None = no environment.
+      config: the settings of the run.
       players: further arguments of `make_environment` that are objects, such as the policy of a partner (the model
         that plays the other side).
     Returns: the environment or a factory of it, as `rollout` takes it; None for an algorithm that learns from data.
     Raises: InputError if an environment is missing, or given to an algorithm that learns from data.
     """
+    algorithm, environment = config.algorithm, config.environment
     if not ALGORITHMS[algorithm].plays:
         require(
             environment is None,
@@ -271,22 +293,6 @@ def open_environment(algorithm: str, environment: Mapping[str, Any] | None, play
         f"environment.name: missing, expected the environment that {algorithm} plays in",
     )
     return make_environment(**environment, **players)
-
-
-def resolved_config(
-    algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig, environment: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return all settings that determine the run's result, as plain values: the main part of config.yaml."""
-    played = {} if environment is None else {"environment": dict(environment)}
-    values = {
-        name: value
-        for name, value in args.to_dict().items()
-        if isinstance(value, str | int | float | dict | list | None) and name not in SPEED
-    }
-    # Through JSON, so that tuples are lists as in the config.yaml with which this is compared.
-    return json.loads(
-        json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), **played, "args": values})
-    )
 
 
 def input_hashes(model: ModelConfig, rows: Rows, validation: Rows | None, args: BaseConfig) -> dict[str, str | None]:
@@ -369,11 +375,7 @@ def _hold(folder: Path, args: BaseConfig, held: ExitStack) -> None:
 
 
 def train(
-    algorithm: str,
-    model: ModelConfig,
-    data: DataConfig,
-    args: BaseConfig,
-    environment: Mapping[str, Any] | None = None,
+    config: RunConfig,
     players: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     costs: Mapping[str, int] | None = None,
@@ -383,11 +385,7 @@ def train(
     Counts of dropped data are logged before training starts, and stored in `complete.json`.
 
     Args:
-      algorithm: name of the algorithm, a key of ALGORITHMS.
-      model: the origin of the model.
-      data: the training and validation data.
-      args: the algorithm's settings; `output_dir` is the run's folder.
-      environment: arguments of `make_environment`: `name` and the environment's settings, for an algorithm that plays.
+      config: the settings of the run.
       players: further arguments of `make_environment` that are objects, such as the policy of a partner (the model
         that plays the other side).
       settings: settings with which the data were made, added to the run's config.yaml.
@@ -396,20 +394,21 @@ def train(
       opens it too.
     Raises: InputError if an input is wrong, or if the folder holds another run; Stopped after SIGTERM or SIGINT.
     """
+    args = config.args
     folder = Path(args.output_dir)
     counts: Counter[str] = Counter()
-    rows, validation = read_data(algorithm, data, args, counts)
-    config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
-    config["input_hashes"] = input_hashes(model, rows, validation, args)
-    if run_there(folder, config) == "same" and (folder / COMPLETE).exists():
+    rows, validation = read_data(config, counts)
+    resolved = config.resolved() | dict(settings or {})
+    resolved["input_hashes"] = input_hashes(config.model, rows, validation, args)
+    if run_there(folder, resolved) == "same" and (folder / COMPLETE).exists():
         if args.should_save:
             sweep(folder)  # a process that was killed after complete.json may have left temporary files
         return folder
     with ExitStack() as held:
         _hold(folder, args, held)
-        there = run_there(folder, config)  # again under the lock: another process may have trained meanwhile
-        world = open_environment(algorithm, environment, players or {})
-        trainer = build_trainer(algorithm, model, rows, validation, args, world)
+        there = run_there(folder, resolved)  # again under the lock: another process may have trained meanwhile
+        world = open_environment(config, players or {})
+        trainer = build_trainer(config, rows, validation, world)
         checkpoint = None if there == "none" else trainer.last_checkpoint()
         require(
             there != "shorter" or checkpoint is not None or not (folder / COMPLETE).exists(),
@@ -419,7 +418,7 @@ def train(
         trainer.accelerator.wait_for_everyone()  # all processes have read the folder before it changes
         if trainer.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)  # left by a shorter run that is now extended
-            write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
             _say_start(trainer, folder, checkpoint, there == "shorter")
             for reason, n in (+counts + trainer.counts).items():
                 log.warning("%s: %s: %d", folder, visible(reason), n)
@@ -428,7 +427,7 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder))
         if trainer.args.should_save:
-            before = runs_before(model.path, args.named_run, *scorer_runs(data.preference))
+            before = runs_before(config.model.path, args.named_run, *scorer_runs(config.data.preference))
             report = {
                 **trainer.costs(),
                 **trainer.outcome,
@@ -497,28 +496,17 @@ def runs_before(*folders: str | None) -> dict[str, int]:
     return found
 
 
-def dry_run(
-    algorithm: str,
-    model: ModelConfig,
-    data: DataConfig,
-    args: BaseConfig,
-    environment: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def dry_run(config: RunConfig) -> dict[str, Any]:
     """Build everything that `train` builds, but do not train.
 
-    Args:
-      algorithm: name of the algorithm, a key of ALGORITHMS.
-      model: the origin of the model.
-      data: the sources of the data.
-      args: the algorithm's settings.
-      environment: arguments of `make_environment`, for an algorithm that plays; None = no environment.
     Returns: name -> number: the size of the training data, the number of optimizer steps, the numbers of parameters,
       memory in bytes (fp32, AdamW), and counts of dropped data.
     """
-    args, counts = copy.copy(args), Counter()
+    args, counts = copy.copy(config.args), Counter()
+    config = replace(config, args=args)
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir
-        world = open_environment(algorithm, environment, {})
-        trainer = build_trainer(algorithm, model, *read_data(algorithm, data, args, counts), args, world)
+        world = open_environment(config, {})
+        trainer = build_trainer(config, *read_data(config, counts), world)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return {

@@ -11,7 +11,7 @@ from offline_lmrl.export.plain import export_run
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.loading import load_model
-from offline_lmrl.run import DataConfig, ModelConfig, train
+from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, train
 from offline_lmrl.tokens.windows import policy_window
 from tests.families import FAMILIES, small_model
 from tests.training.test_trainer import TOKENIZER, logs, trainer
@@ -72,7 +72,9 @@ def run_of(model_type, folder):
         max_length=96,
         decoding=DecodingConfig(beta=1.0, q_reduce="mean"),
     )
-    run = train("ilql", ModelConfig(path=str(folder / "base")), DataConfig(train=str(folder / "logs.jsonl")), args)
+    run = train(
+        RunConfig("ilql", ModelConfig(path=str(folder / "base")), DataConfig(train=str(folder / "logs.jsonl")), args)
+    )
     model = load_model(run)
     for head in model.value_heads.targets():  # as far from constant as after a real training
         for parameter in head.parameters():

@@ -22,7 +22,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import write_comparisons, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.run import DataConfig, ModelConfig
+from offline_lmrl.run import DataConfig, ModelConfig, RunConfig
 from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.training.config import OfflineConfig
 from offline_lmrl.training.trainer import OfflineTrainer
@@ -67,7 +67,7 @@ def scratch(**values):
 
 
 def cloned(folder, data, **values):
-    return run.train("bc", scratch(), data, settings(folder, **values))
+    return run.train(RunConfig("bc", scratch(), data, settings(folder, **values)))
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])
@@ -84,12 +84,12 @@ def test_other_data_under_the_same_path_are_another_run(tmp_path, data, part):
 def test_other_weights_under_the_same_path_are_another_start(tmp_path, data):
     start = cloned(tmp_path / "start", data)
     model = ModelConfig(path=str(start))
-    done = run.train("bc", model, data, settings(tmp_path / "run"))
-    assert run.train("bc", model, data, settings(tmp_path / "run")) == done
+    done = run.train(RunConfig("bc", model, data, settings(tmp_path / "run")))
+    assert run.train(RunConfig("bc", model, data, settings(tmp_path / "run"))) == done
     weights = load_file(start / "model.safetensors")
     save_file({name: torch.zeros_like(value) for name, value in weights.items()}, start / "model.safetensors")
     with pytest.raises(InputError, match="input_hashes.start_weights: found "):
-        run.train("bc", model, data, settings(tmp_path / "run"))
+        run.train(RunConfig("bc", model, data, settings(tmp_path / "run")))
 
 
 def test_only_the_main_process_writes(tmp_path, data, monkeypatch):
@@ -111,9 +111,11 @@ def test_every_token_that_is_read_counts_and_those_of_the_runs_before(tmp_path, 
     start = scratch()
     for name in ("first", "second", "third"):
         if name == "first":
-            done = run.train("bc", start, data, settings(tmp_path / name, context=1))
+            done = run.train(RunConfig("bc", start, data, settings(tmp_path / name, context=1)))
         else:
-            done = run.train("ilql", start, data, settings(tmp_path / name, ILQLConfig, context=1, monte_carlo=0.5))
+            done = run.train(
+                RunConfig("ilql", start, data, settings(tmp_path / name, ILQLConfig, context=1, monte_carlo=0.5))
+            )
         report = json.loads((done / "complete.json").read_text())
         assert report["training_tokens"] == sum(read)
         assert report["start_tokens"] == sum(totals)
@@ -135,7 +137,7 @@ def test_a_resumed_run_counts_all_its_tokens(tmp_path, data):
 def test_a_dry_run_leaves_nothing_behind(tmp_path, data):
     before = sorted(tmp_path.iterdir())
     args = settings(tmp_path / "runs" / "new")
-    facts = run.dry_run("bc", scratch(), data, args)
+    facts = run.dry_run(RunConfig("bc", scratch(), data, args))
     assert facts["windows"] == 4 and facts["optimizer steps"] == 2
     assert sorted(tmp_path.iterdir()) == before and args.output_dir == str(tmp_path / "runs" / "new")
 
@@ -150,7 +152,7 @@ def test_bad_fields_of_an_adapter_name_model_lora(tmp_path, data, lora):
     pytest.importorskip("peft")
     start = cloned(tmp_path / "start", data)
     with pytest.raises(InputError, match="model.lora: "):
-        run.train("bc", ModelConfig(path=str(start), lora=lora), data, settings(tmp_path / "run"))
+        run.train(RunConfig("bc", ModelConfig(path=str(start), lora=lora), data, settings(tmp_path / "run")))
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
@@ -194,17 +196,20 @@ def test_comparisons_are_scored_as_the_config_says(tmp_path):
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
     data = DataConfig(str(tmp_path / "pairs.jsonl"), str(tmp_path / "pairs.jsonl"), {"reward": "sign"})
     args = ILQLConfig(output_dir=str(tmp_path), use_cpu=True)
-    train, validation = run.read_data("ilql", data, args, Counter())
+    train, validation = run.read_data(RunConfig("ilql", scratch(), data, args), Counter())
     assert [row.total_return for row in train] == [1.0, -1.0] * 3 and validation == train
     data = replace(data, preference={"reward": f"{__name__}:lefts", "normalise": "none"})
-    assert [row.total_return for row in run.read_data("ilql", data, args, Counter())[0]] == [4.0, 0.0] * 3
+    assert [row.total_return for row in run.read_data(RunConfig("ilql", scratch(), data, args), Counter())[0]] == [
+        4.0,
+        0.0,
+    ] * 3
     with pytest.raises(
         InputError, match="data.preference: found 'rewards', expected one of reward, reward_at, normalise"
     ):
         DataConfig("x", preference={"rewards": "sign"})
     remedy = "set data.preference, or call to_trajectories, to turn comparisons into scored rows"
     with pytest.raises(InputError, match=remedy):
-        run.read_data("bc", DataConfig(data.train), args, Counter())
+        run.read_data(RunConfig("bc", scratch(), DataConfig(data.train), args), Counter())
 
 
 def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
@@ -214,7 +219,7 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args, counts = ILQLConfig(output_dir=str(tmp_path), use_cpu=True), Counter()
     data = DataConfig(str(tmp_path / "train.jsonl"), str(tmp_path / "validation.jsonl"), reward="stars")
-    train, validation = run.read_data("ilql", data, args, counts)
+    train, validation = run.read_data(RunConfig("ilql", scratch(), data, args), counts)
     assert [row.total_return for row in train] == [row.total_return for row in validation] == [0.0, 1.0, 2.0]
     read = {"repaired: stars written as text": 3, "repaired: reward of the row put on its last agent turn": 3}
     assert counts == {
@@ -224,7 +229,7 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
         "rows that are all in one group, so that none can be held out for validation": 3,
     }
     unscored: Counter[str] = Counter()
-    run.read_data("ilql", DataConfig(str(tmp_path / "validation.jsonl")), args, unscored)
+    run.read_data(RunConfig("ilql", scratch(), DataConfig(str(tmp_path / "validation.jsonl")), args), unscored)
     assert unscored == {
         "rows without any reward; column 'stars' may hold the score: use --data.reward 'stars', or "
         "--reward 'stars' for check and evaluate": 3
@@ -234,20 +239,19 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
         DataConfig("x", preference={}, reward="stars")
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
     with pytest.raises(InputError, match="data.reward: found 'stars' for the comparisons of"):
-        run.read_data(
-            "reward_model",
-            DataConfig(str(tmp_path / "pairs.jsonl"), reward="stars"),
-            RewardModelConfig(output_dir=str(tmp_path), use_cpu=True),
-            Counter(),
-        )
+        data = DataConfig(str(tmp_path / "pairs.jsonl"), reward="stars")
+        args = RewardModelConfig(output_dir=str(tmp_path), use_cpu=True)
+        run.read_data(RunConfig("reward_model", scratch(), data, args), Counter())
 
 
 def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns_from_it(tmp_path, caplog):
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
     data = DataConfig(str(tmp_path / "pairs.jsonl"))
-    judge = run.train("reward_model", scratch(), data, settings(tmp_path / "judge", RewardModelConfig))
+    judge = run.train(RunConfig("reward_model", scratch(), data, settings(tmp_path / "judge", RewardModelConfig)))
     cost = json.loads((judge / "complete.json").read_text())["training_tokens"]
-    done = run.train("bc", scratch(), replace(data, preference={"reward": str(judge)}), settings(tmp_path / "run"))
+    done = run.train(
+        RunConfig("bc", scratch(), replace(data, preference={"reward": str(judge)}), settings(tmp_path / "run"))
+    )
     report = json.loads((done / "complete.json").read_text())
     assert report["start_tokens"] == cost and report["before"] == {str(judge.resolve()): cost}
     assert report["counts"][TOO_LONG] == 1
@@ -295,7 +299,9 @@ def test_a_run_without_checkpoints_is_not_extended_and_stays(tmp_path, data):
 def test_all_settings_that_differ_are_named(tmp_path, data):
     cloned(tmp_path / "run", data)
     with pytest.raises(InputError, match="model.vocab_size: found 280, expected 281; args.seed: found 42, exp"):
-        run.train("bc", ModelConfig(scratch=SCRATCH, vocab_size=281), data, settings(tmp_path / "run", seed=5))
+        run.train(
+            RunConfig("bc", ModelConfig(scratch=SCRATCH, vocab_size=281), data, settings(tmp_path / "run", seed=5))
+        )
 
 
 def test_a_folder_whose_run_died_before_a_checkpoint_takes_other_settings(tmp_path, data):
@@ -315,11 +321,11 @@ def test_what_was_killed_behind_its_last_checkpoint_takes_no_step_more(tmp_path,
     pairs = DataConfig(str(tmp_path / "pairs.jsonl"))
     for algorithm, config, source in (("ilql", ILQLConfig, data), ("reward_model", RewardModelConfig, pairs)):
         args = settings(tmp_path / algorithm, config, **SAVES)
-        done = run.train(algorithm, scratch(), source, args)
+        done = run.train(RunConfig(algorithm, scratch(), source, args))
         expected, rows = load_file(done / "model.safetensors"), steps_of(done)
         (done / "complete.json").unlink()
         (done / "model.safetensors").unlink()
-        run.train(algorithm, scratch(), source, settings(tmp_path / algorithm, config, **SAVES))
+        run.train(RunConfig(algorithm, scratch(), source, settings(tmp_path / algorithm, config, **SAVES)))
         found = load_file(done / "model.safetensors")
         assert all(torch.equal(value, found[name]) for name, value in expected.items()) and steps_of(done) == rows
 

@@ -31,7 +31,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from offline_lmrl.decoding.sampler import DecodingConfig
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.errors import require
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.adapters import run_metadata

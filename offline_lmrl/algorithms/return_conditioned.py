@@ -36,8 +36,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import load_value_model
-from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.decoding.value_model import relabel
 from offline_lmrl.errors import require, shown
 from offline_lmrl.logs.scale import RewardScale

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from offline_lmrl.decoding.probe import check_scores
-from offline_lmrl.errors import InputError, require
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import (
     data_hash,
@@ -51,7 +51,7 @@ from offline_lmrl.logs.io import (
     store_comparisons,
 )
 from offline_lmrl.logs.preferences import binarised
-from offline_lmrl.logs.trajectory import Trajectory, shown
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import (
     build_reward_model,

@@ -48,13 +48,13 @@ def train(argv: Sequence[str]) -> None:
                 prepare_from_settings(values.prepare)
             elif PartialState().is_main_process:
                 print(f"{values.data.train} exists and is not prepared again", file=sys.stderr)
-    run_settings = (values.algorithm, values.model, values.data, values.args, values.environment)
+    config = run.RunConfig(values.algorithm, values.model, values.data, values.args, values.environment)
     if values.dry_run:
-        for name, value in run.dry_run(*run_settings).items():
+        for name, value in run.dry_run(config).items():
             print(visible(f"{name}: {value:,}"))
     else:
         try:
-            folder = run.train(*run_settings)
+            folder = run.train(config)
         except Stopped as stop:
             _leave_together()
             if PartialState().is_main_process:  # only this process reports the stop

@@ -40,7 +40,7 @@ def resolve(config: CompareConfig) -> list[Entry]:
         _check_value_heads(method)
         _check_entry(method, runs.entry(method.name, config.seeds[0]))
     if runs.partner is not None:
-        runs.partner.configs()
+        runs.partner.config()
         DecodingConfig.from_dict(config.partner.decoding)
     if config.training_environment:
         require(
@@ -341,7 +341,7 @@ def _check_entry(method: _Method, entry: Entry) -> None:
     if run.settings is None:
         DecodingConfig.from_dict(entry.decoding)
         return
-    _, _, _, args = run.configs()
+    args = run.config().args
     saved, found = args.to_dict().get("decoding") or {}, {}
     if own.evaluate:
         found[entry.length_key] = {**saved, **entry.decoding}

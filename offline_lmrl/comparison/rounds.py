@@ -21,7 +21,7 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import require
 from offline_lmrl.logs.files import read_object, reading
 from offline_lmrl.logs.io import read_trajectories, write_text, write_trajectories
-from offline_lmrl.run import DataConfig, ModelConfig, train, weights_hash
+from offline_lmrl.run import DataConfig, RunConfig, train, weights_hash
 from offline_lmrl.tasks import make_environment
 from offline_lmrl.training.config import BaseConfig
 
@@ -40,19 +40,18 @@ class Rounds:
     players: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train_in_rounds(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig, rounds: Rounds) -> Path:
+def train_in_rounds(config: RunConfig, rounds: Rounds) -> Path:
     """Train a policy; then, `collect.rounds` times, play with it and train it again on all logs so far.
 
     Args:
-      algorithm: name of an algorithm that learns from data.
-      model: the model of the first training; each later training starts from the weights of the one before.
-      data: the logs before the first round.
-      args: config of the algorithm, for every training; `args.output_dir` is the run directory of the last one.
+      config: the settings of the first training, with the logs before the first round; each later training starts from
+        the weights of the one before. `args.output_dir` is the run directory of the last one.
       rounds: the play between trainings.
     Returns: the run directory of the last training. It contains those of the earlier ones, round-0, round-1, and so
       on, each with the logs.jsonl that the next training learnt from. Its complete.json counts the play of all rounds.
     Raises: InputError if the algorithm learns by playing, there are no data, or `data.preference` is given.
     """
+    algorithm, data, args = config.algorithm, config.data, config.args
     require(
         data.train is not None and not ALGORITHMS[algorithm].plays,
         f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm that learns from "
@@ -69,13 +68,13 @@ def train_in_rounds(algorithm: str, model: ModelConfig, data: DataConfig, args: 
     for number in range(collect.rounds):
         before = copy.copy(args)
         before.output_dir = str(Path(args.output_dir) / f"round-{number}")
-        run = train(algorithm, model, data, before)
-        logs, costs = _collected(run, world, data, args, collect, number)
+        run = train(replace(config, args=before))
+        logs, costs = _collected(run, world, config.data, args, collect, number)
         played += costs
-        model = replace(model, path=str(run), scratch=None, tokenizer=None, lora=None)
-        data = replace(data, train=str(logs), reward=None)
+        model = replace(config.model, path=str(run), scratch=None, tokenizer=None, lora=None)
+        config = replace(config, model=model, data=replace(config.data, train=str(logs), reward=None))
     settings = {"environment": dict(rounds.environment), "collect": asdict(collect)}
-    return train(algorithm, model, data, args, settings=settings, costs=played)
+    return train(config, settings=settings, costs=played)
 
 
 def _collected(

@@ -12,9 +12,8 @@ from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.methods import CollectConfig, CostConfig
 from offline_lmrl.comparison.rounds import Rounds, train_in_rounds
 from offline_lmrl.decoding.config import PlannerConfig
-from offline_lmrl.run import DataConfig, ModelConfig, train
+from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, train
 from offline_lmrl.settings import build
-from offline_lmrl.training.config import BaseConfig
 
 FOREIGN = "checkpoint"  # the algorithm of a model that is no run of this project
 PLANNED = "planned"
@@ -55,12 +54,15 @@ class Run:
             yield from need.with_needs()
         yield self
 
-    def configs(self) -> tuple[str, ModelConfig, DataConfig, BaseConfig]:
-        """Build the first four arguments of `train`. Raises: InputError that names the setting."""
+    def config(self) -> RunConfig:
+        """Build the settings of the run. Raises: InputError that names the setting."""
         settings, where = self.settings, self.where
         model = build(ModelConfig, settings["model"], f"{where}.model")
         args = build(load_algorithm(settings["algorithm"])[0], settings["args"], f"{where}.args")
-        return settings["algorithm"], model, DataConfig(**settings["data"]), args
+        data = DataConfig(**settings["data"])
+        # A run in rounds is trained on logs; its environment is that of the play between trainings.
+        environment = None if self.collect is not None else settings["environment"]
+        return RunConfig(settings["algorithm"], model, data, args, environment)
 
     def train(self, players: Mapping[str, Any]) -> None:
         """Train the run, as the command `train` does; a complete run is not trained again.
@@ -68,13 +70,10 @@ class Run:
         Args:
           players: settings of the environment that are objects, for a run that learns by playing.
         """
-        environment = self.settings["environment"]
         if self.collect is not None:
-            train_in_rounds(*self.configs(), Rounds(self.collect, environment, players))
-        elif environment is not None:
-            train(*self.configs(), environment=environment, players=players)
+            train_in_rounds(self.config(), Rounds(self.collect, self.settings["environment"], players))
         else:
-            train(*self.configs())
+            train(self.config(), players)
 
 
 @dataclass(frozen=True)

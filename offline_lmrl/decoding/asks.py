@@ -40,7 +40,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.tokens.conditioning import ASK_NAMES, Ids, ReturnTable, ReturnTokens, check_ask
+from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTable, ReturnTokens, check_ask
+from offline_lmrl.tokens.windows import Ids
 
 _WARNED: set[tuple[float | str, str, ReturnTable]] = set()  # request, kind and returns of each warning logged
 

@@ -367,7 +367,7 @@ def _possible(scores: Tensor, form: Form) -> NextToken:
     counted = form.support > 0 or form.top_p is not None or form.min_p is not None
     if not counted or scores.device.type != "cpu":
         return NextToken(best, ids)
-    left = best > -torch.inf
+    left = best != -torch.inf  # also nan, of a model that has diverged
     count = left.sum(-1, keepdim=True)
     columns = 1 << (int(count.max()) - 1).bit_length()
     if columns >= most:

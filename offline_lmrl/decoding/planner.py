@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from offline_lmrl.decoding.cache import CacheMemory
-from offline_lmrl.decoding.config import PlannerConfig
+from offline_lmrl.decoding.config import DecodingConfig, PlannerConfig
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
-from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
+from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.preferences import Scored, score_rows
 from offline_lmrl.logs.protocols import Reply, Scorer

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.asks import ReturnRequests
 from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import reduce_q, support_filter
 from offline_lmrl.decoding.probe import check_plays
-from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
+from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler
 from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
@@ -30,12 +31,11 @@ from offline_lmrl.models.adapters import most_positions, part_of, run_metadata
 from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.models.loading import find_device, load_model
 from offline_lmrl.models.renderers import renderer_of
-from offline_lmrl.tokens.conditioning import Ids
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.tokens.few_shot import FewShotConfig, few_shot_ids
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import load_tokenizer
-from offline_lmrl.tokens.windows import EncodedDialogue, WindowRule, policy_window, reply_window
+from offline_lmrl.tokens.windows import EncodedDialogue, Ids, WindowRule, policy_window, reply_window
 
 ASK_SUPPORT = 0.02  # the best Q ignores first tokens with less than this share of the largest probability
 SAMPLE_STRIDE = 2**32  # difference between the seeds of one history's samples: larger than any range of seeds

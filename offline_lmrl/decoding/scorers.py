@@ -26,14 +26,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model, require_no_few_shot
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
 from offline_lmrl.logs.protocols import Scorer, import_object, optional
 from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, shown
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
-from offline_lmrl.models.adapters import most_positions, run_metadata
+from offline_lmrl.models.adapters import most_positions, part_of, run_metadata
 from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.renderers import renderer_of
@@ -227,7 +227,7 @@ class ValueHeadsScorer(PolicyScorer):
       of: "advantage": Σ over the option's agent tokens of min Q̄(s,a) − V(s), with the minimum over the target heads.
         "utterance": min Q̄ of the whole reply, from heads that only runs with utterance_weight > 0 have. Snell et al.
         2022 (ILQL) rerank by such heads.
-    Raises: InputError if `of` is neither, or if the run lacks the heads for whole replies.
+    Raises: InputError if `of` is neither, or if the run lacks value heads, or those for whole replies.
     """
 
     def __init__(self, policy: LanguagePolicy, of: Literal["advantage", "utterance"] = "advantage"):
@@ -235,7 +235,10 @@ class ValueHeadsScorer(PolicyScorer):
         if of not in ("advantage", "utterance"):
             raise InputError(f"of: found {shown(of)}, expected advantage or utterance")
         self.of = of
-        if of == "utterance" and not policy.model.value_heads.utterance:
+        heads = part_of(policy.model, "value_heads")
+        if heads is None:
+            raise InputError("run: found a model without value heads, expected one that has them (an ILQL run)")
+        if of == "utterance" and not heads.utterance:
             raise InputError("of: found utterance, but the run has no heads for whole replies (utterance_weight: 0)")
         self.unit = RewardScale(**run_metadata(policy.model.config).get("reward_scale", {})).scale
 

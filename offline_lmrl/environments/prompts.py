@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from offline_lmrl.errors import InputError, require
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import parsed, raw_splits
 from offline_lmrl.logs.messages import read_request
 from offline_lmrl.logs.preferences import score_rows
 from offline_lmrl.logs.protocols import Scorer, StepResult, import_object
 from offline_lmrl.logs.record import Record
-from offline_lmrl.logs.trajectory import Turn, finite, messages_of, shown
+from offline_lmrl.logs.trajectory import Turn, finite, messages_of
 
 SLOW = 2.0  # seconds of scoring after which a progress bar appears
 
@@ -137,9 +137,11 @@ def _turns(prompt: Any, where: str = "prompts", field: str = "prompt") -> tuple[
       where: the start of error messages, such as "file:row".
       field: the field that holds the prompt.
     """
-    if isinstance(prompt, list | tuple):
-        prompt = [messages_of([turn])[0] if isinstance(turn, Turn) else turn for turn in prompt]
-    return tuple(read_request(Record({field: prompt}, where, Counter()), field))
+    given = prompt if isinstance(prompt, list | tuple) else ()
+    messages = [messages_of([turn])[0] if isinstance(turn, Turn) else turn for turn in given]
+    turns = read_request(Record({field: messages or prompt}, where, Counter()), field)
+    # A turn stays as it is: reading it as a message would drop its name.
+    return tuple(own if isinstance(own, Turn) else read for own, read in zip(given or turns, turns, strict=True))
 
 
 def _read(source: str | Path) -> list[Prompt]:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offline_lmrl.errors import InputError, require
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment, is_vector, optional
-from offline_lmrl.logs.trajectory import Trajectory, Turn, finite, shown
+from offline_lmrl.logs.trajectory import Trajectory, Turn, finite
 
 MAX_TURNS = 1000  # so that an evaluation ends even if the environment never does
 

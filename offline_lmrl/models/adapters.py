@@ -91,14 +91,17 @@ def check_run_metadata(name: str | Path, block: Any) -> None:
             raise InputError(f"{where}.{key}: found {shown(block[key])}, expected text")
     for key, stored in _STORED.items():
         given = block.get(key)
-        if not isinstance(given, dict | None) or (key == "value_heads" and given and {"kind", "heads"} - given.keys()):
-            keys = " with the keys kind and heads" if key == "value_heads" else ""
+        if given is None:
+            continue
+        needed = ("kind", "heads") if key == "value_heads" else ()
+        if not isinstance(given, dict) or set(needed) - given.keys():
+            keys = f" with the keys {' and '.join(needed)}" if needed else ""
             raise InputError(f"{where}.{key}: found {shown(given)}, expected an object{keys}")
         try:
-            made = asdict(build(stored, given or {}))
+            made = asdict(build(stored, given))
         except InputError as error:
             raise InputError(f"{where}.{key}: {error}") from error
-        for field, value in (given or {}).items():
+        for field, value in given.items():
             if made[field] != value:  # a number that was written as text
                 raise InputError(f"{where}.{key}.{field}: found {shown(value)}, expected {made[field]!r}")
 

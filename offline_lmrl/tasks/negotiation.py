@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from offline_lmrl.errors import InputError, require
+from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.protocols import Policy, Reply, StepResult
-from offline_lmrl.logs.trajectory import Turn, parse_json, shown
+from offline_lmrl.logs.trajectory import Turn, parse_json
 
 ITEMS = ("books", "hats", "balls")
 SELECTION = "<selection>"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from offline_lmrl.decoding.sampler import DecodingConfig
+from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.models.loading import build_model, load_model

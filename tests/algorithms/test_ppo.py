@@ -28,7 +28,7 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
 from offline_lmrl.ops.policy_gradient import Moments, adaptive_kl_weight, tensorflow_adam_eps
-from offline_lmrl.run import DataConfig, ModelConfig, input_hashes, train, weights_hash
+from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, input_hashes, train, weights_hash
 from offline_lmrl.tasks.gamble import Gamble
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
@@ -832,7 +832,7 @@ def test_its_run_is_a_folder_like_any_other(tmp_path):
 
     def learn():
         args = PPOConfig(output_dir=str(tmp_path / "run"), **SHORT | {"decoding": DecodingConfig(max_new_tokens=3)})
-        return train("ppo", model, DataConfig(), args, environment)
+        return train(RunConfig("ppo", model, DataConfig(), args, environment))
 
     folder = learn()
     found = yaml.safe_load((folder / "config.yaml").read_text())
@@ -863,7 +863,7 @@ def test_what_an_algorithm_learns_from_has_to_be_there(tmp_path, algorithm, envi
     data = DataConfig(str(tmp_path / "logs.jsonl")) if environment or algorithm == "ppo" else DataConfig()
     config = load_algorithm(algorithm)[0](output_dir=str(tmp_path / "run"), use_cpu=True, max_steps=1, max_length=64)
     with pytest.raises(InputError, match=message):
-        train(algorithm, ModelConfig(scratch=SCRATCH), data, config, environment)
+        train(RunConfig(algorithm, ModelConfig(scratch=SCRATCH), data, config, environment))
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

@@ -490,7 +490,7 @@ def test_a_run_is_trained_from_files_and_is_not_trained_twice(tmp_path):
     data = DataConfig(str(tmp_path / "train.jsonl"), str(tmp_path / "train.jsonl"))
     args = config(tmp_path / "run", max_steps=2, max_length=64, save_strategy="no", disable_tqdm=True)
     model = ModelConfig(scratch=SPEC, vocab_size=290)
-    facts = run.dry_run("reward_model", model, data, args)
+    facts = run.dry_run(run.RunConfig("reward_model", model, data, args))
     assert (facts["comparisons"], facts["options"]) == (24, 48)
     done = run.train("reward_model", model, data, args)
     written = (done / "complete.json").stat().st_mtime_ns

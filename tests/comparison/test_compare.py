@@ -76,10 +76,11 @@ def world(tmp_path, monkeypatch):
     write_trajectories(tmp_path / "validation.jsonl", logs[40:])
     trained, critics = [], []
 
-    def train(algorithm, model, data, args):
+    def train(config, players=None):
+        args = config.args
         folder = Path(args.output_dir)
         if not (folder / "complete.json").exists():
-            trained.append((folder.name, algorithm, model.path, args.seed))
+            trained.append((folder.name, config.algorithm, config.model.path, args.seed))
             critics.append(getattr(args, "value_model", None))
             folder.mkdir()
             (folder / "complete.json").write_text(json.dumps({"training_tokens": 1000}))
@@ -428,9 +429,9 @@ def test_a_partner_is_trained_once_and_handed_to_the_environment(world):
 def test_what_learns_by_playing_may_play_elsewhere_than_is_reported(world, monkeypatch):
     learnt, played, stand_in = [], [], runs.train
 
-    def train(*entry, environment=None, players=None):
-        learnt.append(environment)
-        return stand_in(*entry)
+    def train(config, players=None):
+        learnt.append(config.environment)
+        return stand_in(config)
 
     def make(**settings):
         played.append(settings)
@@ -508,9 +509,9 @@ def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, t
         write_comparisons(tmp_path / f"{name}.jsonl", [Comparison(asked, said, (1.0, 0.0), group=name)])
     preferences, train = [], runs.train
 
-    def noted(algorithm, model, data, args):
-        preferences.append((args.output_dir.rpartition("/")[2], data.preference))
-        return train(algorithm, model, data, args)
+    def noted(config, players=None):
+        preferences.append((config.args.output_dir.rpartition("/")[2], config.data.preference))
+        return train(config)
 
     monkeypatch.setattr(runs, "train", noted)
     world.settings["methods"] = {
@@ -614,13 +615,13 @@ def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypat
 def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world, monkeypatch):
     lengths, stand_in = {}, runs.train
 
-    def train(*entry, environment=None, players=None):
-        lengths[Path(entry[3].output_dir).name] = getattr(entry[3], "decoding", None)
-        return stand_in(*entry)
+    def train(config, players=None):
+        lengths[Path(config.args.output_dir).name] = getattr(config.args, "decoding", None)
+        return stand_in(config)
 
-    def train_in_rounds(*entry):
-        lengths["rounds-0"] = entry[4].collect.decoding
-        return stand_in(*entry[:4])
+    def train_in_rounds(config, rounds):
+        lengths["rounds-0"] = rounds.collect.decoding
+        return stand_in(config)
 
     monkeypatch.setattr(runs, "train", train)
     monkeypatch.setattr(runs, "train_in_rounds", train_in_rounds)
@@ -635,10 +636,10 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
     }
     run(world)
     assert lengths == {
-        "ppo-0": {"max_new_tokens": 5},
-        "hot-0": {"max_new_tokens": 5, "temperature": 2.0},
-        "long-0": {"max_new_tokens": 9},
-        "short-0": {"max_new_tokens": 3},
+        "ppo-0": DecodingConfig(max_new_tokens=5),
+        "hot-0": DecodingConfig(max_new_tokens=5, temperature=2.0),
+        "long-0": DecodingConfig(max_new_tokens=9),
+        "short-0": DecodingConfig(max_new_tokens=3),
         "rounds-0": {"max_new_tokens": 5, "support": 0.1},
         "bc-0": None,
     }
@@ -648,7 +649,7 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
     world.settings["output"] += "_without"
     world.settings["methods"] = {name: world.settings["methods"][name] for name in ("ppo", "rounds")}
     run(world)
-    assert lengths["ppo-0"] == {} and lengths["rounds-0"] == {"support": 0.1}
+    assert lengths["ppo-0"] == DecodingConfig() and lengths["rounds-0"] == {"support": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -676,11 +677,11 @@ def failing(world, monkeypatch, **errors):
     """Trainings of these methods raise these errors."""
     stand_in = runs.train
 
-    def train(*entry, environment=None, players=None):
-        name = Path(entry[3].output_dir).name.rpartition("-")[0]
+    def train(config, players=None):
+        name = Path(config.args.output_dir).name.rpartition("-")[0]
         if name in errors:
             raise errors[name]
-        return stand_in(*entry)
+        return stand_in(config)
 
     monkeypatch.setattr(runs, "train", train)
 
@@ -931,9 +932,9 @@ def test_a_wrong_checkpoint_surfaces_before_anything_is_trained(world, entry, me
 def test_a_train_file_is_a_method_and_the_comparison_may_override_it(world, tmp_path, monkeypatch):
     seen, stand_in = [], runs.train
 
-    def noted(algorithm, model, data, args):
-        seen.append((algorithm, model, data, args))
-        return stand_in(algorithm, model, data, args)
+    def noted(config, players=None):
+        seen.append((config.algorithm, config.model, config.data, config.args))
+        return stand_in(config)
 
     monkeypatch.setattr(runs, "train", noted)
     file = tmp_path / "ilql.yaml"

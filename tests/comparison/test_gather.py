@@ -14,7 +14,7 @@ from offline_lmrl.comparison.report import Results, table
 from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import write_trajectories
-from offline_lmrl.run import DataConfig, ModelConfig, train
+from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, train
 from offline_lmrl.tasks.gamble import Gamble
 from tests.comparison.test_page import CONFIG, SCORES, results, run, write
 
@@ -121,7 +121,9 @@ def trained(tmp_path_factory):
     write_trajectories(folder / "logs.jsonl", Gamble().logs(8, seed=0))
     tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
     args = BCConfig(str(folder / "bc-7"), seed=7, max_steps=1, use_cpu=True, max_length=32, save_strategy="no")
-    return train("bc", ModelConfig(scratch=tiny, vocab_size=270), DataConfig(str(folder / "logs.jsonl")), args)
+    return train(
+        RunConfig("bc", ModelConfig(scratch=tiny, vocab_size=270), DataConfig(str(folder / "logs.jsonl")), args)
+    )
 
 
 def test_a_run_measured_alone_is_a_row_like_those_of_a_comparison(trained, tmp_path, capsys):

@@ -15,7 +15,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories, write_trajectories
-from offline_lmrl.run import DataConfig, ModelConfig
+from offline_lmrl.run import DataConfig, ModelConfig, RunConfig
 from offline_lmrl.tasks.gamble import Gamble
 
 SCRATCH = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
@@ -42,7 +42,7 @@ def learn(folder, data, algorithm="bc", rounds=2, environment=WORLD, model=None,
     args = load_algorithm(algorithm)[0](output_dir=str(folder), **settings)
     collect = CollectConfig(rounds, episodes=6, decoding={"max_new_tokens": 3})
     model = model or ModelConfig(scratch=SCRATCH, vocab_size=270)
-    return train_in_rounds(algorithm, model, data, args, Rounds(collect, environment))
+    return train_in_rounds(RunConfig(algorithm, model, data, args), Rounds(collect, environment))
 
 
 @pytest.mark.parametrize("algorithm", ["bc", "ilql"])

@@ -211,6 +211,13 @@ def test_candidates_that_do_not_survive_get_no_column():
     assert (found > -math.inf).sum(-1).tolist() == [3, 1]
 
 
+@pytest.mark.parametrize("candidates", [None, 2])
+def test_the_scores_of_a_model_that_has_diverged_are_nan(candidates):
+    outputs = ModelOutputs(q=lookup_in(torch.zeros(2, 1, 50)))
+    form = Form(beta=1.0, support=0.3, candidates=candidates)
+    assert next_token(torch.full((1, 50), torch.nan), form, outputs).scores.isnan().all()
+
+
 def test_where_most_tokens_survive_q_is_computed_for_all():
     _, ids = asked_for(SHARES.log(), Form(beta=2.0, support=1e-6))
     assert ids is None

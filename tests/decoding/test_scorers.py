@@ -192,6 +192,10 @@ def test_likelihood_and_advantages_are_those_of_the_logs():
     assert ValueHeadsScorer(policy).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
     with pytest.raises(InputError, match="utterance_weight"):
         ValueHeadsScorer(policy, "utterance")
+    policy.model.value_heads = None
+    for of in ("advantage", "utterance"):
+        with pytest.raises(InputError, match="without value heads"):
+            ValueHeadsScorer(policy, of)
 
 
 def test_the_utterance_head_is_read_behind_the_closing_token():

@@ -35,6 +35,13 @@ def test_every_prompt_comes_once_before_any_comes_again():
     assert environment.reset([6]) == [second[2]]  # a function of the seed alone
 
 
+def test_turns_given_as_such_stay_as_they_are():
+    named, earlier = Turn("user", "hi", name="ann"), Turn("assistant", "a", None, 0.5, (1, 2), (-0.1, -0.2))
+    prompts = [(named, earlier, named), [named, {"role": "user", "content": "bb"}]]
+    environment = PromptEnvironment(prompts, lengths)
+    assert [turns for turns, _ in environment.prompts] == [prompts[0], (named, Turn("user", "bb"))]
+
+
 def test_an_episode_is_one_turn_with_the_score_of_its_reply():
     played = rollout(Echo(), PromptEnvironment(["a", "bb", "ccc"], lengths, batch_size=2), range(3))
     assert sorted(t.total_return for t in played) == [1.0, 2.0, 3.0]

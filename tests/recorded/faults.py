@@ -104,8 +104,8 @@ FAULTS = (
     ),
     Fault(
         "what is asked for does not fall with what was earned",
-        "(returns[-1] - (reward or 0.0))",
-        "(returns[-1])",
+        "(now - (r or 0.0)) / self.discount_per_turn",
+        "now / self.discount_per_turn",
         "test_conditioning.py",
     ),
     Fault(
