@@ -144,6 +144,20 @@ def arguments(
     return _Reader(parameters, where, readers or {}).arguments(parameters, given, where)
 
 
+def build_inner(config: Any) -> None:
+    """Make the dataclasses inside a dataclass of the plain values that a Python program gave for them.
+
+    A mapping replaces the keys of the field's default, and null means what it means in a file.
+
+    Args:
+      config: the instance, which is changed.
+    Raises: InputError that names the setting, what was found and what was expected.
+    """
+    inner = {name: one for name, one in parameters_of(type(config)).items() if dataclass_in(one.hint)}
+    made = arguments(inner, {name: vars(config)[name] for name in inner})
+    vars(config).update({name: made.get(name, one.default) for name, one in inner.items()})
+
+
 def plain(value: Any) -> Any:
     """Return a value with all words of the command line in it replaced by their values in YAML."""
     if isinstance(value, Word):
@@ -239,7 +253,7 @@ class _Reader:
     def arguments(self, parameters: Parameters, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         for name in given:
             if name not in parameters:
-                raise self._unknown(name if isinstance(name, str) else shown(name), where, parameters)
+                raise self._unknown(name if name and isinstance(name, str) else shown(name), where, parameters)
         found = {}
         for name, (hint, default, _) in parameters.items():
             key, kind, value = _join(where, name), get_origin(hint) or hint, given.get(name, MISSING)

@@ -1,13 +1,17 @@
 """Every shipped config builds: known keys, values in range, algorithms, environments and data sources that exist."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoConfig
 
+from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.cli.data import _source, config_path, shipped_configs
 from offline_lmrl.cli.train import train_settings
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.resolve import resolve
 from offline_lmrl.decoding.sampler import DecodingConfig
+from offline_lmrl.errors import InputError
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.settings import build
 from offline_lmrl.tasks import ENVIRONMENTS
@@ -75,3 +79,24 @@ def test_part_of_a_methods_decoding_keeps_its_other_defaults():
     flags = ["--args.use_cpu", "true", "--args.decoding.clip", "1"]
     values = train_settings(["maze/ilql", *flags])  # the file has decoding: {beta: 64}
     assert values.args.decoding == DecodingConfig(beta=64.0, clip=1.0, support=0.02)
+
+
+@pytest.mark.parametrize("algorithm", ["ilql", "return_conditioned", "ppo"])
+def test_a_mapping_in_python_means_what_it_means_in_a_file(algorithm, tmp_path):
+    config, _ = load_algorithm(algorithm)
+    ours = {"output_dir": str(tmp_path), "report_to": "none"}
+    plain = {"decoding": {"top_k": "5"}, "few_shot": {"max_tokens": 9}}
+    assert config(**ours, **plain).to_dict() == build(config, ours | plain).to_dict()
+    assert config(**ours, decoding={"top_k": 5}).decoding == replace(config(**ours).decoding, top_k=5)
+    assert config(**ours, decoding=None).decoding == config(**ours).decoding
+    with pytest.raises(InputError, match="^decoding.betta: .*did you mean 'decoding.beta'"):
+        config(**ours, decoding={"betta": 4})
+    with pytest.raises(InputError, match="^few_shot: found 3, expected a mapping of settings or null$"):
+        config(**ours, few_shot=3)
+
+
+@pytest.mark.parametrize("beta", [None, [1]])
+def test_a_wrong_beta_is_named_with_its_mapping(beta, tmp_path):
+    config, _ = load_algorithm("ilql")
+    with pytest.raises(InputError, match="^args.decoding.beta: found .*, expected a finite number$"):
+        build(config, {"output_dir": str(tmp_path), "decoding": {"beta": beta}}, "args")

@@ -55,6 +55,17 @@ def test_top_level_help_loads_no_library():
     assert not {"torch", "transformers", "datasets", "numpy"} & loaded
 
 
+@pytest.mark.parametrize("source", ["maze", "scored", "ultrafeedback"])
+def test_the_help_of_a_source_of_data_loads_no_transformers(source):
+    loaded = modules_after(
+        "from offline_lmrl.cli.main import main",
+        "import contextlib",
+        "with contextlib.suppress(SystemExit):",
+        f"    main(['prepare', '{source}', '--help'])",
+    )
+    assert not {"transformers", "datasets"} & loaded
+
+
 def test_ops_load_torch_alone():
     loaded = modules_after(*(f"import {name}" for name in MODULES if name.startswith("offline_lmrl.ops")))
     assert not {"transformers", "datasets", "einops", "accelerate"} & loaded

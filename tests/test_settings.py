@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import pytest
 
+from offline_lmrl.cli.parser import Command
 from offline_lmrl.errors import InputError
-from offline_lmrl.settings import Word, arguments, build, expected, parameters_of, setting
+from offline_lmrl.settings import Parameter, Word, arguments, build, expected, parameters_of, setting
 
 
 class Colour(Enum):
@@ -161,3 +162,16 @@ def test_types_are_put_in_plain_words():
     assert expected(int | None) == "a whole number or null"
     assert expected(dict[str, Any] | str) == "a mapping of settings or text"
     assert expected(Colour) == "one of red, blue"
+
+
+def test_only_a_null_on_the_command_line_is_null():
+    words = Command("x", {}).words(["--a", "", "--b", "#1", "--c", "null", "--d=~", "--e", "5 # five"])
+    parameters = {name: Parameter(str | None) for name in words} | {"e": Parameter(int | None)}
+    assert arguments(parameters, words) == {"a": "", "b": "#1", "c": None, "d": None, "e": 5}
+    with pytest.raises(InputError, match="^a: found '', expected a whole number or null$"):
+        arguments({"a": Parameter(int | None)}, {"a": words["a"]})
+
+
+def test_an_empty_key_is_named():
+    with pytest.raises(InputError, match="^'': found a setting that does not exist"):
+        arguments({"a": Parameter(int)}, {"": 1})

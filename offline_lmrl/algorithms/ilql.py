@@ -96,13 +96,14 @@ class ILQLConfig(GuidedConfig):
     )
     decoding: DecodingConfig = setting(
         lambda: DecodingConfig(beta=4.0, support=0.02),
-        "How the run chooses tokens when it plays; saved with the run. In a file or flag, part of it keeps the other "
-        "defaults of ILQL; DecodingConfig() in Python has its own.",
+        "How the run chooses tokens when it plays; saved with the run. A mapping of some of its keys keeps the "
+        "other defaults of ILQL; DecodingConfig() in Python has its own.",
     )
 
     always_saved: ClassVar = ("beta", "q_reduce", "support", "candidates", "clip")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(
             self,
             expectile=(0.5, 0.999),
@@ -119,7 +120,6 @@ class ILQLConfig(GuidedConfig):
             learning_rate=(0, 1e6),
         )
         check_range(self.decoding, beta=(0, 1e9))
-        super().__post_init__()
 
 
 def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> dict[str, Tensor]:

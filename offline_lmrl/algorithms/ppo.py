@@ -208,6 +208,7 @@ class PPOConfig(GuidedConfig):
     save_rollouts: bool = setting(True, "Write every episode to rollouts/, as data that `train` can read.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(
             self,
             episodes=(1, 1e9),
@@ -246,7 +247,6 @@ class PPOConfig(GuidedConfig):
             self.decoding.temperature != 0,
             "decoding.temperature: found 0, expected above 0: greedy play explores nothing",
         )
-        super().__post_init__()
 
     @property
     def named_run(self) -> str | None:

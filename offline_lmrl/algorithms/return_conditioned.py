@@ -114,6 +114,7 @@ class ReturnConditionedConfig(GuidedConfig):
     always_saved: ClassVar = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_binning(self.binning, self.bins, self.per)
         check_range(
             self,
@@ -132,7 +133,6 @@ class ReturnConditionedConfig(GuidedConfig):
             f"return_weight: found {self.return_weight}, expected 0: return heads learn from windows without a "
             "requested return; to have these, set condition: embedding and condition_dropout above 0",
         )
-        super().__post_init__()
 
     @property
     def named_run(self) -> str | None:

@@ -62,7 +62,7 @@ def prepare(argv: Sequence[str]) -> None:
       argv: the command line after `prepare`.
     Raises: InputError if the source is unknown or a setting cannot be used.
     """
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "--help_all"):
         print(PREPARE_HELP)
         return
     source = _source(argv[0])

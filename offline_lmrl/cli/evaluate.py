@@ -19,7 +19,7 @@ def evaluate(argv: Sequence[str]) -> None:
     Args:
       argv: the command line after `evaluate`.
     """
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "--help_all"):
         print(HELP)
         return
     from offline_lmrl.cli import measures

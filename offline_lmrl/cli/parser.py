@@ -33,6 +33,8 @@ from offline_lmrl.settings import (
     set_dotted,
 )
 
+NULLS = ("null", "Null", "NULL", "~")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -231,11 +233,13 @@ def split_words(argv: Sequence[str], flags: Collection[str] = ()) -> tuple[list[
 
 def _word(text: str) -> Word:
     try:
-        return Word(text, load_yaml(text))
+        value = load_yaml(text)
     except NoEnd as error:
         raise InputError(f"found {shown(text)}, with {error}, expected the value of a setting") from error
     except yaml.YAMLError as error:
         return Word(text, text, " ".join(str(error).split()))
+    # An empty text (of an unset shell variable) and "#1" (a comment) have no value in YAML, but are not null.
+    return Word(text, text if value is None and text.strip() not in NULLS else value)
 
 
 def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:

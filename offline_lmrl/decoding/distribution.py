@@ -115,7 +115,7 @@ class Form:
         1.0,
         "a share from 0 to 1",
     )
-    beta: float | Tensor = number(0.0, "Weight of value guidance; 0 = the plain policy.", -INF, INF, "a finite number")
+    beta: float = number(0.0, "Weight of value guidance; 0 = the plain policy.", -INF, INF, "a finite number")
     q_reduce: str = field(default="min", metadata={"help": "How the Q heads are combined: min, mean or first."})
     candidates: int | None = number(
         None,

@@ -244,6 +244,8 @@ class ValueHeadsScorer(PolicyScorer):
 
     def score_rows(self, rows):
         if self.of == "utterance":
+            if not all(np.any(kinds) for _, kinds in rows):
+                raise InputError("option: found no turn of the agent, expected one, whose Q is the score")
             return self.unit * self.outputs(rows, ["utterance_q"], only_last=True)[0].utterance_q
         outputs, row = self.outputs(rows, ["target_q", "v"])
         return self.unit * np.bincount(row, outputs.target_q - outputs.v, len(rows))

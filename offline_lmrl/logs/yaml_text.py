@@ -1,14 +1,14 @@
 """Read YAML from users (settings files, scorers, command-line values) as plain values.
 
-jsonargparse parses the text, since unlike plain PyYAML it reads `1e-5` as a number. Before parsing, this module
-refuses text that would expand without end; after parsing, it refuses values that no setting can have.
+Unlike plain PyYAML, it reads `1e-5` as a number and a date as text. Before parsing, this module refuses text that
+would expand without end; after parsing, it refuses values that no setting can have.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader
 
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.trajectory import MAX_NESTING
@@ -16,7 +16,28 @@ from offline_lmrl.logs.trajectory import MAX_NESTING
 MAX_VALUES = 100_000  # each alias counts as many values as it refers to
 MAX_WHOLE = 2**63  # torch, Arrow and numpy cannot hold numbers from here on
 
-_read = get_loader("yaml")
+
+class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
+    """PyYAML's safe loader with other rules for the type of plain text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, text) for tag, text in rules if tag.rpartition(":")[2] not in ("float", "timestamp")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?$  # 1.5, 1.5e-3
+        |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$                   # 1e-3, which PyYAML takes for text
+        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?$            # .5
+        |[-+]?\.(?:inf|Inf|INF)$
+        |\.(?:nan|NaN|NAN)$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
 
 
 def load_yaml(text: str) -> Any:
@@ -27,9 +48,7 @@ def load_yaml(text: str) -> Any:
     """
     try:
         _count(text)
-        value = _read(text)
-    except TypeError as error:  # jsonargparse raises it for a mapping whose only name is null
-        raise yaml.YAMLError("the key None, expected text") from error
+        value = yaml.load(text, _Loader)
     except (ValueError, LookupError) as error:  # a bad number, date or truth value, or text that UTF-8 cannot hold
         raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
     _require_plain(value)
@@ -81,7 +100,7 @@ def _count(text: str) -> None:
     """
     whole: dict[str, tuple[int, int]] = {}  # anchor -> (values, levels) of what it names
     open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # (anchor, values, levels) of open collections
-    for event in yaml.parse(text, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.CollectionStartEvent):
             open_values.append((event.anchor, 1, 1))
             if len(open_values) > MAX_NESTING:

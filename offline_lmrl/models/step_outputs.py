@@ -338,7 +338,10 @@ def compute_step_outputs(
       measure: function from the states of n steps to tensors by name, (n, ...); None = none.
       token_budget: largest number of tokens of a batch, padding included; a longer row is a batch of its own.
       share: (i, n): compute only every n-th batch, starting with batch i, and leave zeros in the fields elsewhere.
+    Raises: ValueError for "next_v" if the data set has no rows for V of the next state (`next_rows`).
     """
+    if "next_v" in want and not dataset.next_rows:
+        raise ValueError("next_v needs a data set with next_rows: V of a next state in another window is read there")
     model.eval()
     with_logits = measure is not None or not NEED_LOGITS.isdisjoint(want)
 

@@ -22,11 +22,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import Turn, leading_system_turns
-from offline_lmrl.tokens.rendering import Renderer
+
+if TYPE_CHECKING:  # rendering imports transformers, which takes a second of `prepare SOURCE --help`
+    from offline_lmrl.tokens.rendering import Renderer
 
 Ids = tuple[int, ...]
 
@@ -98,7 +100,7 @@ class EncodedDialogue:
     def __init__(
         self,
         turns: Sequence[Turn],
-        renderer: Renderer,
+        renderer: "Renderer",
         return_ids: Sequence[Ids] | None = None,
         few_shot: Sequence[int] = (),
     ):
@@ -200,7 +202,7 @@ def cut_windows(
 
 def policy_window(
     turns: Sequence[Turn],
-    renderer: Renderer,
+    renderer: "Renderer",
     rule: WindowRule,
     reserve: int = 0,
     return_ids: Sequence[Ids] | None = None,

@@ -15,7 +15,7 @@ from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.models.loading import build_model, load_model
-from offline_lmrl.settings import setting
+from offline_lmrl.settings import build_inner, setting
 from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.rendering import TEMPLATES
 from offline_lmrl.tokens.windows import WindowRule
@@ -71,6 +71,7 @@ class BaseConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        build_inner(self)
         WindowRule(self.context, self.stride, self.max_length)  # made only for its range checks
         require(
             self.template in TEMPLATES,
@@ -156,6 +157,7 @@ class OfflineConfig(BaseConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.reward_scale is None or self.reward_scale > 0,
             f"reward_scale: found {self.reward_scale}, expected a number above 0",
@@ -166,7 +168,6 @@ class OfflineConfig(BaseConfig):
                 f"few_shot.max_tokens: found {self.few_shot.max_tokens}, expected below max_length "
                 f"({self.max_length}), which holds the demonstrations and the window after them",
             )
-        super().__post_init__()
 
     @property
     def named_data(self) -> dict[str, str]:

@@ -211,6 +211,8 @@ def test_the_utterance_head_is_read_behind_the_closing_token():
     assert ValueHeadsScorer(policy, "utterance").score(ASKED, said("up", "left"))[0] == pytest.approx(
         4.0 * q, abs=1e-4
     )
+    with pytest.raises(InputError, match="no turn of the agent"):
+        ValueHeadsScorer(policy, "utterance").score(ASKED, [[Turn("user", "up")], *said("left")])
 
 
 def test_scorers_are_made_from_nested_mappings_and_from_files(tmp_path):

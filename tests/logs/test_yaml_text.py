@@ -67,6 +67,18 @@ def test_plain_settings_are_read_as_they_are():
     assert load_yaml(text) == {"base": base, "mine": {**base, "date": "2001-02-03", "n": -3}}
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    {
+        "args:": {"args": None},
+        "{a, b}": {"a": None, "b": None},
+        "[.5, .5e3, 1E-4, 1_0.5, 1.e2]": [0.5, 500, 1e-4, 10.5, 100],
+    }.items(),
+)
+def test_keys_without_values_are_mappings_and_all_spellings_of_a_number_are_numbers(text, value):
+    assert load_yaml(text) == value
+
+
 @pytest.mark.parametrize(("content", "said"), [(b"\xff: 1", "not UTF-8"), (b"[1]", "found .1., expected a mapping")])
 def test_a_file_without_settings_is_refused(tmp_path, content, said):
     (tmp_path / "settings.yaml").write_bytes(content)

@@ -79,6 +79,11 @@ def test_a_model_without_heads_has_its_log_probs():
     )
 
 
+def test_v_of_next_states_needs_the_rows_that_hold_them():
+    with pytest.raises(ValueError, match="next_v needs a data set with next_rows"):
+        compute_step_outputs(guided_model(), token_rows(ROWS, STATES), ["v", "next_v"])
+
+
 def test_shares_add_up_and_one_without_a_batch_is_zero():
     model, data = guided_model(), token_rows(ROWS, STATES)
     whole = compute_step_outputs(model, data, ["v"]).v
