@@ -50,7 +50,7 @@ class ChatThumbs(TrajectoryImporter):
     def read(self, row: Record) -> Trajectory:
         """Return the trajectory of one chat, in which the replies with a thumb have the reward 1 or −1."""
         if row.get("messages") is None and row.get("model_pos") is not None:
-            row = replace(row, fields=_from_comparia(row))
+            row = Record(_from_comparia(row), row.where, row.repairs)
         require(
             row.get("messages") is not None and (row.get("reaction") is not None or row.get("reactions") is not None),
             f"{row.where}: fields: found {shown(list(row))}, expected messages and reaction {{turn, value}}, "
@@ -59,7 +59,7 @@ class ChatThumbs(TrajectoryImporter):
         turns = read_turns(row, "messages", allow_empty=True)
         found = [row.inner("reaction")] if row.get("reactions") is None else row.objects("reactions")
         drop_if(any(turn.reward is not None for turn in turns), "rewards in addition to reactions")
-        scored = _scores([replace(reaction, where=row.where) for reaction in found], turns, row.repairs)
+        scored = _scores([Record(reaction, row.where, row.repairs) for reaction in found], turns, row.repairs)
         row.count("kept: a chat that does not end with the agent", turns[-1].role != "assistant")
         credited = [
             replace(turn, trainable=None if i in scored else False, reward=scored.get(i))

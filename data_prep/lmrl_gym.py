@@ -156,7 +156,7 @@ def _move(record: Record, line: int) -> Move:
 
 def _quietly(record: Record) -> Record:
     """Return the record with a counter of its own, for values of which every game has many."""
-    return replace(record, repairs=Counter())
+    return Record(record, record.where, Counter())
 
 
 def _moves(moves: Sequence[Move]) -> Trajectory:
@@ -180,7 +180,7 @@ def _sequence(row: Record, reward: str) -> tuple[list[Part], bool | None]:
             isinstance(part, list | tuple) and len(part) == 2,
             f"{row.where}: {name}: found {shown(part)}, expected a text and whether it is an action",
         )
-        texts.append(replace(row, fields={name: part[0]}).text(name))
+        texts.append(Record({name: part[0]}, row.where, row.repairs).text(name))
         acts.append(thumb(part[1], name, row.where, Counter()))
     rewards = row.numbers("reward")
     # Some logs have no reward for the first text.

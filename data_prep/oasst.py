@@ -102,7 +102,7 @@ class MessageImporter(Importer):
             return one
         records = [record for record, _ in _records(row)]
         groups = [
-            replace(record if record.get(self.group) is not None else row, where=record.where).group(self.group)
+            Record(record if record.get(self.group) is not None else row, record.where, row.repairs).group(self.group)
             for record in records
         ]
         return [replace(message, group=name) for message, name in zip(one, groups, strict=True)]
@@ -129,9 +129,8 @@ class MessageImporter(Importer):
         role, rank = record.get("role"), record.get("rank")
         if not isinstance(role, str) or role not in _ROLES:
             raise record.error("role", "prompter or assistant")
-        require(
-            isinstance(parent, str | None), f"{record.where}: parent_id: found {shown(parent)}, expected text or null"
-        )
+        if not isinstance(parent, str | None):
+            raise InputError(f"{record.where}: parent_id: found {shown(parent)}, expected text or null")
         for name in ("deleted", "review_result"):
             if not isinstance(record.get(name), bool | None):
                 raise record.error(name, "true, false or null")
@@ -296,7 +295,7 @@ def _records(row: Record) -> Iterator[tuple[Record, Any]]:
             yield record, parent
             replies = record.objects("replies") if record.get("replies") is not None else ()
             found += [
-                (replace(reply, where=f"{row.where}: replies[{i}]"), record.get("message_id"))
+                (Record(reply, f"{row.where}: replies[{i}]", row.repairs), record.get("message_id"))
                 for i, reply in enumerate(replies)
             ]
     else:

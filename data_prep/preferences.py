@@ -22,7 +22,7 @@ class Preferences(StreamingImporter):
 
     def read(self, row: Record) -> Comparison | None:
         """Read a row as `read_comparison` does, and check its replies, also those of the project's own form."""
-        comparison = read_comparison(row.fields, row.where, row.repairs, self.allow_empty)
+        comparison = read_comparison(row, row.where, row.repairs, self.allow_empty)
         if comparison is not None:
             require_replies(comparison.options, self.allow_empty)
         return comparison

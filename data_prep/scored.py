@@ -26,7 +26,7 @@ class Scored(TrajectoryImporter):
 
     def read(self, row: Record) -> Trajectory | None:
         """Return the trajectory of one row."""
-        made = read_row(row.fields, row.where, row.repairs, self.reward)
+        made = read_row(row, row.where, row.repairs, self.reward)
         if made is None:
             return None
         own = made.group if row.get("group") is not None else root_group(made.turns)

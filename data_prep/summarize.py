@@ -129,7 +129,7 @@ class SummarizeAxes(TrajectoryImporter):
         context, known = read_info(row)
         summary = row.inner("summary")
         words = read_summary(summary)
-        found = replace(summary.inner("axes"), where=f"{row.where}: axes")
+        found = Record(summary.inner("axes"), f"{row.where}: axes", row.repairs)
         axes = {axis: found.number(axis) for axis in AXES if found.get(axis) is not None}
         for axis in axes:
             found.between(axis, 1, _HIGHEST)

@@ -16,7 +16,7 @@ How rows are read:
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from data_prep.comparisons import StreamingImporter
 from offline_lmrl.errors import require, shown
@@ -87,7 +87,7 @@ def _ratings(completion: Record) -> dict[str, float]:
 
 def _inner(record: Record, name: str) -> Record:
     """Return a field that is an object; null is an empty one."""
-    return (record if record.get(name) is not None else replace(record, fields={name: {}})).inner(name)
+    return (record if record.get(name) is not None else Record({name: {}}, record.where, record.repairs)).inner(name)
 
 
 def _mean(ratings: dict[str, float], aspects: Collection[str]) -> float:

@@ -12,7 +12,7 @@ much it is preferred to the other answer. How rows are read:
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from data_prep.comparisons import ComparisonImporter
 from data_prep.source import Found, Report, Splits
@@ -80,5 +80,8 @@ def _quotes(row: Record, name: str) -> str:
         len(columns[0]) == len(columns[1]),
         f"{quotes.where}: found {len(columns[0])} titles, expected one for each extract",
     )
-    pairs = [replace(quotes, fields={"title": title, "extract": text}) for title, text in zip(*columns, strict=True)]
+    pairs = [
+        Record({"title": title, "extract": text}, quotes.where, quotes.repairs)
+        for title, text in zip(*columns, strict=True)
+    ]
     return "\n\n".join(f"[{i}] {pair.text('title')}\n{pair.text('extract')}" for i, pair in enumerate(pairs, 1))

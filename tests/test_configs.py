@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.cli.data import _source, config_path, shipped_configs
+from offline_lmrl.cli.data import _source
 from offline_lmrl.cli.train import train_settings
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.resolve import resolve
@@ -14,6 +14,7 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.settings import build
+from offline_lmrl.shipped import config_path, shipped_configs
 from offline_lmrl.tasks import ENVIRONMENTS
 
 CONFIGS = shipped_configs()

@@ -8,8 +8,8 @@ import pytest
 
 import offline_lmrl
 from offline_lmrl.algorithms import ALGORITHMS
-from offline_lmrl.cli.data import shipped_configs
 from offline_lmrl.models.loading import build_model
+from offline_lmrl.shipped import shipped_configs
 from offline_lmrl.tasks.walk import Walk
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

@@ -11,6 +11,7 @@ RANKS = {
     "errors": 0,
     "renamed": 2,
     "settings": 1,
+    "shipped": 3,
     "ops": 0,
     "logs": 1,
     "tokens": 2,

@@ -13,8 +13,8 @@ from offline_lmrl.cli.output import print_report
 from offline_lmrl.cli.parser import ready
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
-from offline_lmrl.renamed import CONFIGS
 from offline_lmrl.settings import build, nearest
+from offline_lmrl.shipped import shipped_config, shipped_configs
 
 if TYPE_CHECKING:
     from offline_lmrl.tokens.rendering import Renderer
@@ -214,36 +214,5 @@ def config(name: str | None = None) -> None:
     Args:
       name: name of a shipped config, to print it; null = list all.
     """
-    shipped = shipped_configs()
-    print("\n".join(shipped) if name is None else _shipped(name, shipped).read_text(encoding="utf-8").rstrip("\n"))
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Return "task/method" -> file of all shipped configs.
-
-    Their folder configs/ is inside an installed package, and next to the package in a clone of the repository.
-    """
-    package = Path(__file__).parents[1]
-    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
-
-
-def config_path(name: str) -> str:
-    """Return the path of a config file.
-
-    Args:
-      name: a path, or the name "task/method" of a shipped config.
-    Raises: InputError if it is neither.
-    """
-    is_path = Path(name).exists() or name.endswith((".yaml", ".yml"))
-    return name if is_path else str(_shipped(name, shipped_configs()))
-
-
-def _shipped(name: str, shipped: Mapping[str, Path]) -> Path:
-    name = CONFIGS.get(name, name)
-    if name not in shipped:
-        raise InputError(
-            f"{name}: found neither a file nor a shipped config of that name (`offline-lmrl config` lists them)"
-            f"{nearest(name, shipped)}"
-        )
-    return shipped[name]
+    text = "\n".join(shipped_configs()) if name is None else shipped_config(name).read_text(encoding="utf-8")
+    print(text.rstrip("\n"))

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from offline_lmrl.cli.play import OpenedRun
 from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import progress_bar, visible
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.settings import REQUIRED, setting
 
 
@@ -99,6 +100,16 @@ def evaluate_play(config: PlayConfig) -> None:
     if config.output is not None:
         check_output(config.output, config.demonstrations, is_file=config.asks is not None)
     policy = config.open()
+    player = policy if config.planner is None else config.planner.planner(policy)
+    single = None
+    if config.output is not None and not config.output.suffix and config.asks is None:
+        from offline_lmrl.comparison.config import EvaluationConfig
+        from offline_lmrl.comparison.gather import SinglePlay
+
+        where = {"name": config.environment, **config.settings}
+        made = EvaluationConfig(config.episodes, config.seed, config.repeats, cluster=config.cluster)
+        single = SinglePlay(config.output, config.run, player, where, made, _own_settings(config, shown_first))
+        single.rows(None)  # before minutes of play
     seeds = range(config.seed, config.seed + config.episodes)
     play: dict[str, Any] = {
         "repeats": config.repeats,
@@ -109,7 +120,6 @@ def evaluate_play(config: PlayConfig) -> None:
         play["few_shot"] = few_shot_of_task(policy.spec, shown_first, task_of_seed)
     with progress_bar("playing", len(config.asks or (None,)) * config.episodes * config.repeats) as play["progress"]:
         if config.asks is None:
-            player = policy if config.planner is None else config.planner.planner(policy)
             result = evaluate_policy(player, environment, seeds, **play)
         else:
             from offline_lmrl.evaluation.asks import ask_curve
@@ -118,19 +128,23 @@ def evaluate_play(config: PlayConfig) -> None:
     if config.asks is not None:
         _report_asks(points, config)
         return
-    if config.output is not None and config.output.suffix:
-        write_trajectories(config.output, result.trajectories)
+    if single is not None:
+        single.save(result)
     elif config.output is not None:
-        from offline_lmrl.comparison.config import EvaluationConfig
-        from offline_lmrl.comparison.gather import save_evaluation
-
-        where = {"name": config.environment, **config.settings}
-        made = EvaluationConfig(config.episodes, config.seed, config.repeats, cluster=config.cluster)
-        save_evaluation(config.output, config.run, player, where, made, result)
+        write_trajectories(config.output, result.trajectories)
     summary = result.summary()
     labels = summary.pop("labels")
     print(f"score: {result.score()}")
     print_report({**summary, **labels})
+
+
+def _own_settings(config: PlayConfig, demonstrations: Sequence[Trajectory] | None) -> dict[str, Any]:
+    """Return what changes the play besides decoding and episodes, and is given: its row of results has the same."""
+    from offline_lmrl.logs.io import data_hash
+
+    found = {"task": config.task, "planner": config.planner and asdict(config.planner)}
+    found["demonstrations"] = demonstrations and data_hash(demonstrations)
+    return {name: value for name, value in found.items() if value}
 
 
 def _report_asks(points: Sequence[Any], config: PlayConfig) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from offline_lmrl.cli.data import config_path, prepare_from_settings
+from offline_lmrl.cli.data import prepare_from_settings
 from offline_lmrl.cli.parser import Command, asks_help, split_file
 from offline_lmrl.errors import InputError, Stopped, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.renamed import current
 from offline_lmrl.settings import Parameter, parameters_of
+from offline_lmrl.shipped import config_path
 
 TRAIN_HELP = """Train one algorithm on scored trajectories or comparisons, or by play. FILE.yaml, or the name of a
 shipped config, sets `algorithm`, `model`, `data` and `args`; for ppo also `environment`; and `prepare` if the data

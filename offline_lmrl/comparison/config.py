@@ -40,8 +40,7 @@ class SelectionConfig:
     )
 
     def __post_init__(self) -> None:
-        require_at_least("evaluation.selection.episodes", self.episodes, 1)
-        require_at_least("evaluation.selection.first_seed", self.first_seed, 0)
+        require_at_least(self, "evaluation.selection.", episodes=1, first_seed=0)
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        counts = {"episodes": self.episodes, "repeats": self.repeats, "offline_rows": self.offline_rows}
-        for name, count in (counts | {"batch_size": self.batch_size}).items():
-            require_at_least(f"evaluation.{name}", count, 1)
-        require_at_least("evaluation.first_seed", self.first_seed, 0)
-        require_at_least("evaluation.kl_budget", self.kl_budget, 0)
+        require_at_least(self, "evaluation.", episodes=1, repeats=1, offline_rows=1, batch_size=1)
+        require_at_least(self, "evaluation.", first_seed=0, kl_budget=0)
         require(
             min(self.betas, default=-1) >= 0,
             f"evaluation.betas: found {list(self.betas)}, expected at least one number, none below 0",
@@ -153,7 +149,7 @@ class CompareConfig:
     )
 
     def __post_init__(self) -> None:
-        require_at_least("workers", self.workers, 1)
+        require_at_least(self, "", workers=1)
         object.__setattr__(self, "seeds", tuple(self.seeds))
         methods = {name: MethodConfig.of(name, entry) for name, entry in self.methods.items()}
         object.__setattr__(self, "methods", complete_methods(methods))

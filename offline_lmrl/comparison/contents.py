@@ -85,11 +85,11 @@ def glance(results: Results) -> list[str]:
     if not keys:
         return ["No method has been measured yet."]
     best = max(keys, key=lambda key: results.estimates[key].mean)
-    runs = results.groups[best]
+    runs, top = results.groups[best], results.estimates[best]
     line = next(line for line in _setting_lines(results) if line["method"] == str(best))
     spent = [f"{line[name]} {name}" for name in COSTS[:5] if name in line]
     sentences = [
-        f"Highest score without a β chosen by returns: {best}: {_with_n(results.estimates[best])} episodes, "
+        f"Highest score without a β chosen by returns: {best}: {top} over {top.n} episodes, "
         f"{len(runs)} training seed{'s'[: len(runs) != 1]}.",
         f"Its training data: {runs[0]['regime']}. Its cost: {', '.join(spent)}.",
     ]
@@ -103,17 +103,19 @@ def glance(results: Results) -> list[str]:
         sentences.append(f"Not distinguishable from it (the paired interval includes 0): {'; '.join(close)}.")
     guided = [key for key in results.groups if key.chosen == "returns"]
     if guided:
-        top = max(guided, key=lambda key: results.estimates[key].mean)
-        sentences.append(f"Highest score with β chosen by returns on other episodes: {top}: {results.estimates[top]}.")
+        other = max(guided, key=lambda key: results.estimates[key].mean)
+        with_returns = f"{other}: {results.estimates[other]}"
+        sentences.append(f"Highest score with β chosen by returns on other episodes: {with_returns}.")
+    measured = {key.method for key in results.groups}
+    lacking = [name for name, method in results.shown["config"]["methods"].items() if method.get("evaluate", True)]
+    if lacking := [name for name in lacking if name not in measured]:
+        without = "; without those of the baseline, no differences are shown" * (baseline in lacking)
+        sentences.append(f"There are no results of {', '.join(lacking)}{without}.")
     if len(runs) < FEW_SEEDS:
         several = f"Fewer than {FEW_SEEDS} training seeds: intervals are wide, so the table lists every seed."
         one = "One training seed: intervals describe this run over episodes, and no method is called better."
         sentences.append(several if len(runs) > 1 else one)
     return sentences
-
-
-def _with_n(estimate: Estimate) -> str:
-    return f"{estimate} over {estimate.n}"
 
 
 def _verdict(difference: Estimate) -> str:
@@ -202,7 +204,7 @@ def _method_lines(results: Results) -> list[Line]:
             "method": name,
             "algorithm": method["algorithm"],
             **{title: as_text(method[key]) for title, key in PARTS.items() if method.get(key)},
-            "regime": regimes.get(name, "not evaluated"),
+            "regime": regimes.get(name, "no results" if method.get("evaluate", True) else "not evaluated"),
             "seeds": " ".join(dict.fromkeys(str(run["seed"]) for run in runs if run["method"] == name)),
             "its own settings": as_text({name: method.get(name) for name in OWN}),
         }

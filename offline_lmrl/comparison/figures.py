@@ -179,11 +179,11 @@ def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
     return np.stack([means - [low for low, _ in known], [high for _, high in known] - means])
 
 
-def _level(axes: Axes, results: Results, line: Callable) -> None:
+def _level(results: Results, line: Callable) -> None:
     """Draw lines at the mean score of the logs and at the best possible score, if they are known.
 
     Args:
-      axes: not used.
+      results: the rows.
       line: `axes.axhline` or `axes.axvline`, depending on the axis that shows the score.
     """
     for row in results.of("behaviour", "optimum"):
@@ -200,7 +200,7 @@ def score_per_method(results: Results) -> tuple[Figure, str]:
     if not keys:
         raise Missing("no method has been measured yet")
     figure, axes = _axes(0.34 * len(keys) + 1.1, xlabel="score")
-    _level(axes, results, axes.axvline)
+    _level(results, axes.axvline)
     for place, key in enumerate(keys):
         estimate, style = results.estimates[key], _marker(results, key)
         seeds = list(results.cells[key].per_seed().values())
@@ -221,7 +221,7 @@ def return_against_kl(results: Results) -> tuple[Figure, str]:
     keys = [key for key, runs in results.groups.items() if all(run.get("kl") is not None for run in runs)]
     if not keys:
         raise Missing("no row has a KL, which only sampled play of a language model gives")
-    _level(axes, results, axes.axhline)
+    _level(results, axes.axhline)
     colour = colours(results)
     for key in keys:
         runs = results.groups[key]
@@ -253,22 +253,22 @@ def _root(kl: float | None) -> float:
     return math.sqrt(kl) if kl > NO_KL else 0.0
 
 
-def _against(results: Results, label: str, cost: Callable[[Row], float | None], axes: Axes) -> None:
+def _against(results: Results, label: str, cost: Callable[[Row], float | None]) -> Axes:
     """Draw one marker per key: mean score against mean cost, both over its training seeds; add the legend.
 
     Args:
       results: the rows.
       label: name of the cost, for the x axis.
       cost: function from a run (a row of results.jsonl) to its cost; None = unknown, and its key is left out.
-      axes: axes to draw on.
     """
-    _level(axes, results, axes.axhline)
+    figure, axes = _axes(xlabel=label, ylabel="score")
+    _level(results, axes.axhline)
     costs = {key: [cost(run) for run in runs] for key, runs in results.groups.items()}
     known = {key: mean_of(numbers) for key, numbers in costs.items() if None not in numbers}
     for key, x in known.items():
         _mark(axes, results, key, x)
-    axes.set(xlabel=label, ylabel="score")
-    _legend(axes.figure, results, known)
+    _legend(figure, results, known)
+    return axes
 
 
 def _count_scale(axes: Axes, zero: float | None = None) -> None:
@@ -294,16 +294,16 @@ def _count_scale(axes: Axes, zero: float | None = None) -> None:
 
 
 def return_against_training(results: Results) -> tuple[Figure, str]:
-    figure, axes = _axes()
     if not any(run["cost"].get("training_tokens") for run in results.of("run")):
         raise Missing("no method has training tokens")
-    _against(results, "training tokens", lambda run: run["cost"].get("training_tokens"), axes)
+    axes = _against(results, "training tokens", lambda run: run["cost"].get("training_tokens"))
     _count_scale(axes)
-    return figure, f"A token counts each time it is read, also in runs that a method starts or learns from. {LEVELS}"
+    return axes.figure, (
+        f"A token counts each time it is read, also in runs that a method starts or learns from. {LEVELS}"
+    )
 
 
 def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
-    figure, axes = _axes()
     costs = [run["cost"].get(name, 0) for run in results.of("run")]
     least = min(filter(None, costs), default=None)
     if least is None:
@@ -313,7 +313,7 @@ def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
     curves = [(run, row) for run in results.of("run") for row in run.get("curve") or () if row[name] > 0]
     least = min([least, *(row[name] for _, row in curves)])
     nowhere = least / 4  # x position of runs with a count of 0, because a logarithmic axis has no 0
-    _against(results, name.replace("_", " "), lambda run: run["cost"].get(name, 0) or nowhere, axes)
+    axes = _against(results, name.replace("_", " "), lambda run: run["cost"].get(name, 0) or nowhere)
     for run in results.of("run"):
         points = [row for row in run.get("curve") or () if row[name] > 0]
         thin = {"color": colours(results)[run["method"]], "linewidth": 0.9, "alpha": 0.6}
@@ -323,20 +323,19 @@ def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
     if divided:
         axes.axvline(least / 2, color="#8a9199", linewidth=0.8)
     logs = "Left of the vertical line: methods that learnt from logs alone. " if divided else ""
-    return figure, (
+    return axes.figure, (
         f"Large markers: the score in this evaluation. {logs}"
         f"Thin lines, one per training seed: the score of the episodes played in training. {LEVELS}"
     )
 
 
 def return_against_decoding(results: Results) -> tuple[Figure, str]:
-    figure, axes = _axes()
     if not results.groups:
         raise Missing("no method has been measured yet")
-    _against(results, "generated tokens per answer", _tokens_per_answer, axes)
+    axes = _against(results, "generated tokens per answer", _tokens_per_answer)
     if any("planned_tokens" in run["labels"] for run in results.of("run")):
         _count_scale(axes)
-    return figure, f"All sampled tokens count, also those that a planner imagines. {LEVELS}"
+    return axes.figure, f"All sampled tokens count, also those that a planner imagines. {LEVELS}"
 
 
 def _tokens_per_answer(run: Row) -> float:

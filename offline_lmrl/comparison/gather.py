@@ -6,19 +6,17 @@ the setting that differs, and never mixed.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.comparison.config import EvaluationConfig
 from offline_lmrl.comparison.measure import Played, Setting, result_row
 from offline_lmrl.comparison.methods import CostConfig, require_known
 from offline_lmrl.comparison.provenance import provenance
-from offline_lmrl.comparison.resolve import algorithm_of_run
-from offline_lmrl.comparison.rows import SCHEME, Row, as_lines, read_results
+from offline_lmrl.comparison.resolve import settings_of_run
+from offline_lmrl.comparison.rows import SCHEME, Row, as_lines, plain, read_results
 from offline_lmrl.comparison.runs import FOREIGN, PLANNED, Entry, Run
 from offline_lmrl.decoding.planner import Planner
 from offline_lmrl.decoding.policy import LanguagePolicy
@@ -29,6 +27,7 @@ from offline_lmrl.logs.io import write_text
 
 EPISODES = ("episodes", "first_seed", "repeats", "cluster")  # settings of an evaluation that decide what is played
 LENGTH = "max_new_tokens"
+APART = "runs that played otherwise need another folder; `report` shows several folders in one table"
 ONE_BY_ONE = "one_by_one"  # field of a row of kind "comparison": its runs were not made by one comparison
 
 
@@ -111,10 +110,8 @@ def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
             every, expected = played_as([row]), played_as(runs)
         difference = say_differences(every, expected) or say_differences(row["config"], mine)
         if difference:
-            raise InputError(
-                f"{source}: {row['method']}: {difference}; the folder holds results or a report "
-                "of another comparison: move them away"
-            )
+            mixed = "the folder holds results or a report of another comparison: move them away"
+            raise InputError(f"{source}: {row['method']}: {difference}; {APART if apart else mixed}")
 
 
 def _joined(found: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -167,48 +164,59 @@ def _names(found: Mapping[str, Sequence[Row]]) -> dict[tuple[str, str], str]:
 # Runs that are measured one by one.
 
 
-def save_evaluation(
-    folder: Path,
-    run: str,
-    player: LanguagePolicy | Planner,
-    environment: Mapping[str, Any],
-    evaluation: EvaluationConfig,
-    result: EvaluationResult,
-) -> None:
-    """Add the play of a run to the results in a folder; rows of an earlier play of the same run are replaced.
+@dataclass(frozen=True)
+class SinglePlay:
+    """The play of a single run, whose result becomes a row in a folder of results.
 
-    Args:
-      folder: folder of the results; results.jsonl, episodes/ and samples/ are written into it.
-      run: the run directory, or the folder or hub name of a causal LM.
-      player: what played: the policy of the run, or a planner with it.
-      environment: `name` and settings of `make_environment`.
-      evaluation: the settings of the evaluation; `decoding` is taken from the player.
-      result: what it played.
-    Raises: InputError if the folder holds results of other play.
+    folder: folder of the results; results.jsonl, episodes/ and samples/ are written into it.
+    run: the run directory, or the folder or hub name of a causal LM.
+    player: what plays: the policy of the run, or a planner with it.
+    environment: `name` and settings of `make_environment`.
+    evaluation: the settings of the evaluation; `decoding` is taken from the player.
+    settings: further settings that change the play, such as `planner`, as values that JSON can hold.
     """
-    decoding = player.decoding
-    evaluation = replace(evaluation, decoding={LENGTH: decoding.max_new_tokens})
-    decode = PLANNED if isinstance(player, Planner) else "sampled" if decoding.temperature > 0 else "greedy"
-    setting = Setting(decode, "given" if decoding.beta and decode != PLANNED else None)
-    entry, data = _entry_of(run, asdict(decoding))
-    row = result_row(folder, evaluation, entry, Played(setting, decoding.beta, result, decoding.temperature))
-    config = {
-        "rows": SCHEME,
-        "environment": dict(environment),
-        "data": data,
-        "partner": None,
-        "evaluation": {name: value for name, value in asdict(evaluation).items() if name in (*EPISODES, "decoding")},
-        "method": entry.described,
-    }
-    row |= {"made": provenance(), "config": config}
-    row.pop("declared", None)  # of a model made elsewhere nothing is known here
-    with locked(folder):
-        earlier = read_folder(folder) if (folder / "results.jsonl").exists() else []
-        same = ("method", "seed", "decode", "beta_chosen")
-        rows = [*(old for old in earlier if old["kind"] == "run" and any(old[k] != row[k] for k in same)), row]
+
+    folder: Path
+    run: str
+    player: LanguagePolicy | Planner
+    environment: Mapping[str, Any]
+    evaluation: EvaluationConfig
+    settings: Mapping[str, Any]
+
+    def rows(self, result: EvaluationResult | None) -> list[Row]:
+        """Return the rows of the folder with the row of this play, which replaces that of the same play before.
+
+        Args:
+          result: what was played; None = nothing yet, to check only that the folder can take the row.
+        Raises: InputError if the folder holds results of other play, or of another run by the same name.
+        """
+        source, decoding = self.folder / "results.jsonl", self.player.decoding
+        evaluation = replace(self.evaluation, decoding={LENGTH: decoding.max_new_tokens})
+        decode = PLANNED if isinstance(self.player, Planner) else "sampled" if decoding.temperature > 0 else "greedy"
+        setting = Setting(decode, "given" if decoding.beta and decode != PLANNED else None)
+        entry, data = _entry_of(self.run, asdict(decoding))
+        shared = {
+            "environment": dict(self.environment),
+            "partner": None,
+            "evaluation": {name: vars(evaluation)[name] for name in (*EPISODES, "decoding")},
+        }
+        config = {"rows": SCHEME, "data": data, **shared, "method": [{**entry.described[0], **self.settings}]}
+        row: dict[str, Any] = {"kind": "run", "method": entry.method, "algorithm": entry.algorithm, "decode": decode}
+        row |= {"seed": entry.seeds[0], "beta_chosen": setting.chosen, "run": self.run, "config": plain(config)}
+        earlier = [old for old in read_folder(self.folder) if old["kind"] == "run"] if source.exists() else []
+        again = [old for old in earlier if all(old[k] == row[k] for k in ("method", "seed", "decode", "beta_chosen"))]
+        for old in again:
+            found, expected = ({"run": str(Path(one["run"]).resolve()), **one["config"]} for one in (row, old))
+            if difference := say_differences(found, expected):
+                raise InputError(f"{source}: {row['method']}: {difference}; {APART}")
+        if result is not None:
+            row = result_row(
+                self.folder, evaluation, entry, Played(setting, decoding.beta, result, decoding.temperature)
+            ) | {"made": provenance(), "config": row["config"]}
+            row.pop("declared", None)  # of a model made elsewhere nothing is known here
+        rows = [*(old for old in earlier if old not in again), row]
         methods = {other["method"]: {"algorithm": other["algorithm"], "decoding": {}} for other in rows}
         rows.sort(key=lambda other: list(methods).index(other["method"]))  # stable: the rows of a method in a block
-        shared = {name: config[name] for name in ("environment", "partner", "evaluation")}
         comparison = {
             "kind": "comparison",
             ONE_BY_ONE: True,
@@ -216,8 +224,13 @@ def save_evaluation(
             "labels": None,
             "config": {**shared, "data": {}, "model": {}, "args": {}, "methods": methods},
         }
-        refuse_mixed([comparison, *rows], folder / "results.jsonl")
-        write_text(folder / "results.jsonl", as_lines([comparison, *rows]))
+        refuse_mixed([comparison, *rows], source)
+        return [comparison, *rows]
+
+    def save(self, result: EvaluationResult) -> None:
+        """Add the row of what was played to the folder. Raises: InputError as `rows` does."""
+        with locked(self.folder):
+            write_text(self.folder / "results.jsonl", as_lines(self.rows(result)))
 
 
 def _entry_of(run: str, decoding: dict[str, Any]) -> tuple[Entry, dict[str, Any] | None]:
@@ -225,21 +238,19 @@ def _entry_of(run: str, decoding: dict[str, Any]) -> tuple[Entry, dict[str, Any]
 
     The method is called as the folder, without the training seed at its end.
     """
-    algorithm, settings = algorithm_of_run(run), {}
-    if algorithm is not None:
-        settings = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
+    settings = settings_of_run(run)
+    algorithm = settings.get("algorithm", FOREIGN)
     seed = settings.get("args", {}).get("seed", 0)
     name = Path(run).resolve().name if Path(run).exists() else run
-    regime = "not declared" if algorithm is None else ALGORITHMS[algorithm].regime
-    cost = CostConfig() if algorithm is None else None
+    regime, cost = (ALGORITHMS[algorithm].regime, None) if settings else ("not declared", CostConfig())
     entry = Entry(
         name.removesuffix(f"-{seed}"),
         (seed,),
-        algorithm or FOREIGN,
+        algorithm,
         Run(name, seed, run, name, cost=cost),
         decoding=decoding,
         regime=regime,
-        described=[{"algorithm": algorithm or FOREIGN, "decoding": decoding}],
+        described=[{"algorithm": algorithm, "decoding": decoding}],
     )
     hashes = settings.get("input_hashes")
     return entry, hashes and {name: hashes.get(name) for name in ("train", "validation")}

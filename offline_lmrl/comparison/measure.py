@@ -8,7 +8,7 @@ chosen on the reported episodes.
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +55,6 @@ class Setting:
 class Arena:
     """Where and how all entries of a comparison are measured.
 
-    output: folder of the results.
     environment: `name` and settings of `make_environment`.
     evaluation: the settings.
     players: function that returns settings of the environment that are objects, such as a partner's policy.
@@ -63,7 +62,6 @@ class Arena:
     console: receives the progress bars.
     """
 
-    output: Path
     environment: Mapping[str, Any]
     evaluation: EvaluationConfig
     players: Callable[[], Mapping[str, Any]]
@@ -195,7 +193,8 @@ def result_row(output: Path, evaluation: EvaluationConfig, entry: Entry, played:
     setting, beta, result, run = played.setting, played.beta, played.result, Path(entry.run.folder)
     stem = f"{entry.method}-{entry.seeds[0]}-{setting.decode}" + (f"-beta{beta:g}" if setting.chosen else "")
     write_text(output / "episodes" / f"{stem}.jsonl", "".join(json.dumps(row) + "\n" for row in result.episodes))
-    write_text(output / "samples" / f"{stem}.txt", transcripts(result, evaluation.seeds))
+    samples = dialogues(result, evaluation.seeds)
+    write_text(output / "samples" / f"{stem}.txt", transcripts(samples))
     scale, score = evaluation.score, result.score()
     metrics = read_metrics(run) if (run / COMPLETE).exists() else []
     return {
@@ -227,7 +226,7 @@ def result_row(output: Path, evaluation: EvaluationConfig, entry: Entry, played:
         "cells": result.cells(),
         "scores": result.scores(),
         "curve": learning_curve(metrics) if setting.decode == "sampled" else [],
-        "samples": dialogues(result, evaluation.seeds),
+        "samples": [{name: sample[name] for name in ("seed", "score", "turns")} for sample in samples],
     }
 
 
@@ -301,8 +300,8 @@ def learning_curve(metrics: Sequence[Row]) -> list[Row]:
     return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
 
 
-def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[tuple[Row, Trajectory]]:
-    """Yield ten episodes of a result, each as (its mapping in `EvaluationResult.episodes`, its trajectory).
+def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return ten episodes of a result in the form that is stored in results.jsonl.
 
     They are drawn from the episode seeds only, so they are the same for every method. With fewer than ten seeds, there
     is one episode per seed.
@@ -310,37 +309,21 @@ def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[
     Args:
       result: the episodes of one setting.
       seeds: all episode seeds.
+    Returns: one mapping per episode: `seed`, `score`, `labels` and `turns`, a list of (role, text).
     """
     chosen = set(random.Random(0).sample(list(seeds), min(SAMPLES, len(seeds))))
-    for row, trajectory in zip(result.episodes, result.trajectories, strict=True):
-        if row["seed"] in chosen and row["repeat"] == 0:
-            yield row, trajectory
-
-
-def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
-    """Return ten episodes of a result, those of `_fixed_episodes`, as text.
-
-    Args:
-      result: the episodes of one setting.
-      seeds: all episode seeds.
-    """
-    blocks = []
-    for row, trajectory in _fixed_episodes(result, seeds):
-        head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
-        turns = [f"{turn.role}: {turn.content}" for turn in trajectory.turns]
-        blocks.append("\n".join([head, *turns, ""]))
-    return visible("\n".join(blocks))
-
-
-def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:
-    """Return ten episodes of a result, those of `_fixed_episodes`, in the form that is stored in results.jsonl.
-
-    Args:
-      result: the episodes of one setting.
-      seeds: all episode seeds.
-    Returns: one mapping per episode: `seed`, `score` and `turns`, a list of (role, text).
-    """
     return [
-        {"seed": row["seed"], "score": row["score"], "turns": [(turn.role, turn.content) for turn in trajectory.turns]}
-        for row, trajectory in _fixed_episodes(result, seeds)
+        {name: row[name] for name in ("seed", "score", "labels")}
+        | {"turns": [(turn.role, turn.content) for turn in trajectory.turns]}
+        for row, trajectory in zip(result.episodes, result.trajectories, strict=True)
+        if row["seed"] in chosen and row["repeat"] == 0
     ]
+
+
+def transcripts(samples: Sequence[Row]) -> str:
+    """Return `dialogues` as text."""
+    blocks = []
+    for row in samples:
+        head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
+        blocks.append("\n".join([head, *(f"{role}: {text}" for role, text in row["turns"]), ""]))
+    return visible("\n".join(blocks))

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from offline_lmrl.errors import InputError, listed, require, shown
+from offline_lmrl.errors import InputError, at, listed, require, shown
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.renamed import current
 from offline_lmrl.settings import build, nearest, setting
+from offline_lmrl.shipped import config_path
 
 NAME = r"\w[\w.+=,@ -]{0,99}"  # a method's name, which is also part of file names
 SOURCES = ("algorithm", "train", "checkpoint", "run_of")  # each method has one of these
@@ -49,9 +50,7 @@ class CollectConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("rounds", self.rounds), ("episodes", self.episodes)):
-            require_at_least(f"collect.{name}", value, 1)
-        require_at_least("collect.first_seed", self.first_seed, 0)
+        require_at_least(self, "collect.", rounds=1, episodes=1, first_seed=0)
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class MethodConfig:
     algorithm: str = setting("", "Name of an algorithm, as in `train`.")
     train: str | None = setting(
         None,
-        "FILE.yaml of `train`, in place of `algorithm` and of the comparison's `model` and `args`; the settings below "
-        "override it. The comparison sets its output_dir and seed.",
+        "FILE.yaml of `train`, or the name of a shipped config, in place of `algorithm` and of the comparison's "
+        "`model` and `args`; the settings below override it. The comparison sets its output_dir and seed.",
     )
     checkpoint: str | tuple[str, ...] | None = setting(
         None,
@@ -211,8 +210,12 @@ def _from_file(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises: InputError that names the setting.
     """
     path = given["train"]
-    require(isinstance(path, str), f"{where}.train: found {shown(path)}, expected the path of a YAML file")
-    file = current(read_yaml(path, "settings"), path)
+    require(
+        isinstance(path, str),
+        f"{where}.train: found {shown(path)}, expected the path of a YAML file or the name of a shipped config",
+    )
+    with at(f"{where}.train"):
+        file = current(read_yaml(config_path(path), "settings"), path)
     require_known(file, set(FILE), f"{where}.train: {path}")
     algorithm = file.get("algorithm")
     require(isinstance(algorithm, str), f"{where}.train: {path}: algorithm: found {shown(algorithm)}, expected a name")
@@ -298,11 +301,15 @@ def require_known(names: Iterable[str], known: set[str], where: str) -> None:
         )
 
 
-def require_at_least(name: str, value: float, least: float) -> None:
-    """Check that value ≥ least; NaN fails.
+def require_at_least(config: Any, where: str, **least: int) -> None:
+    """Check fields of a config against the least value of each; NaN fails.
 
     Args:
-      name: dotted name of the setting, for the error message.
+      config: the config.
+      where: start of the dotted names of its fields, for the error message.
+      least: name of a field -> least value.
     Raises: InputError that names the setting.
     """
-    require(value >= least, f"{name}: found {value}, expected at least {least}")
+    for name, limit in least.items():
+        value = vars(config)[name]
+        require(value >= limit, f"{where}{name}: found {value}, expected at least {limit}")

@@ -3,8 +3,8 @@
 A `_Method` has what is the same for every seed; `_Runs` names the folders of the runs of one seed after another.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,16 @@ from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import ELSEWHERE, LEARNT_WITH, CollectConfig, MethodConfig
 from offline_lmrl.comparison.runs import FOREIGN, Entry, Run
 from offline_lmrl.decoding.config import DecodingConfig, PlannerConfig
-from offline_lmrl.errors import InputError, require, shown
+from offline_lmrl.errors import InputError, at, require, shown
 from offline_lmrl.logs.files import reading
+from offline_lmrl.models.adapters import saved_model
 from offline_lmrl.renamed import current
 from offline_lmrl.run import COMPLETE, SPEED
 from offline_lmrl.settings import build
 from offline_lmrl.tasks import make_environment
 
 LENGTH = "max_new_tokens"
-HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
+PLACES = ("methods", "partner", "evaluation", "data")  # settings whose names in a message are complete
 
 
 def resolve(config: CompareConfig) -> list[Entry]:
@@ -37,11 +38,13 @@ def resolve(config: CompareConfig) -> list[Entry]:
     """
     runs = _Runs(config)
     for method in runs.methods.values():
-        _check_value_heads(method)
-        _check_entry(method, runs.entry(method.name, config.seeds[0]))
+        with _naming(method.where):
+            _check_value_heads(method)
+            _check_entry(method, runs.entry(method.name, config.seeds[0]))
     if runs.partner is not None:
-        runs.partner.config()
-        DecodingConfig.from_dict(config.partner.decoding)
+        with _naming("partner"):
+            runs.partner.config()
+            DecodingConfig.from_dict(config.partner.decoding)
     if config.training_environment:
         require(
             any(method.plays for method in runs.methods.values()),
@@ -51,7 +54,27 @@ def resolve(config: CompareConfig) -> list[Entry]:
         if config.partner is None:  # with a partner, the environment cannot be built before it is trained
             make_environment(**config.environment | config.training_environment)
     entries = [runs.entry(name, seed) for seed in config.seeds for name in config.evaluated]
+    made_elsewhere = {run.folder: run for entry in entries for run in entry.runs() if run.settings is None}
+    for folder, run in made_elsewhere.items():
+        with at(f"{run.where}.checkpoint"):
+            found = saved_model(folder).metadata  # at once: loading it for play would fail after hours of training
+            played = any(entry.run.folder == folder for entry in entries)
+            require(not played or "reward" not in found, f"{folder}: found a reward model, expected a causal LM")
     return list({entry.label: entry for entry in entries}.values())
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Context manager: put the name of a method's settings before an error message about a setting without its place.
+
+    The configs of algorithms, models and decoding name their own fields only.
+    """
+    try:
+        yield
+    except InputError as error:
+        if str(error).startswith((*(f"{name}." for name in PLACES), f"{where}:")):
+            raise
+        raise InputError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -81,7 +104,7 @@ class _Method:
         if checkpoint is None:
             return self.own.algorithm
         first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
-        return algorithm_of_run(first.replace("{seed}", str(self.config.seeds[0]))) or FOREIGN
+        return settings_of_run(first.replace("{seed}", str(self.config.seeds[0]))).get("algorithm", FOREIGN)
 
     @property
     def plays(self) -> bool:
@@ -228,10 +251,6 @@ class _Runs:
             f"{where}: found {len(found)} folders, expected one for each of {len(seeds)} seeds",
         )
         folder = found.replace("{seed}", str(seed)) if isinstance(found, str) else found[seeds.index(seed)]
-        require(
-            Path(folder).is_dir() or re.fullmatch(HUB_NAME, folder) is not None,
-            f"{where}: found {shown(folder)}, expected a folder that exists, or a hub name",
-        )
         return Run(method.name, own, folder, method.where, cost=method.own.cost)
 
     def _training(self, method: _Method, seed: int, needed: Mapping[str, Run]) -> Run:
@@ -356,10 +375,10 @@ def _check_entry(method: _Method, entry: Entry) -> None:
         )
 
 
-def algorithm_of_run(folder: str) -> str | None:
-    """Return the algorithm of the complete run in a folder; None if the folder holds none, or is a hub name."""
+def settings_of_run(folder: str) -> dict[str, Any]:
+    """Return the settings of the complete run in a folder; {} if the folder holds none, or is a hub name."""
     config = Path(folder) / "config.yaml"
     if not (Path(folder) / COMPLETE).is_file():
-        return None
+        return {}
     with reading(config, "the settings of a run"):
-        return current(yaml.safe_load(config.read_text(encoding="utf-8")))["algorithm"]
+        return current(yaml.safe_load(config.read_text(encoding="utf-8")))

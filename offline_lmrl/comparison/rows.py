@@ -43,6 +43,11 @@ def as_lines(rows: Iterable[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def plain(value: Any) -> Any:
+    """Return a value as JSON would give it back: with lists for tuples and texts for keys."""
+    return json.loads(json.dumps(value))
+
+
 def _current_row(row: Any) -> Any:
     """Return a row of results with its algorithm and config under their current names; the rest holds none."""
     if not isinstance(row, dict):

@@ -10,7 +10,7 @@ from typing import Any
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.methods import CollectConfig, CostConfig
-from offline_lmrl.comparison.rounds import Rounds, train_in_rounds
+from offline_lmrl.comparison.rounds import train_in_rounds
 from offline_lmrl.decoding.config import PlannerConfig
 from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, train
 from offline_lmrl.settings import build
@@ -71,7 +71,7 @@ class Run:
           players: settings of the environment that are objects, for a run that learns by playing.
         """
         if self.collect is not None:
-            train_in_rounds(self.config(), Rounds(self.collect, self.settings["environment"], players))
+            train_in_rounds(self.config(), self.collect, self.settings["environment"], players)
         else:
             train(self.config(), players)
 

@@ -76,7 +76,6 @@ class Schedule:
         self.failures: Failures = {}
         self._complete: set[str] = set()
         self.arena = Arena(
-            Path(config.output),
             config.environment,
             config.evaluation,
             self._players,
@@ -163,7 +162,7 @@ class Schedule:
             for setting in settings:
                 if setting.decode == PLANNED and self._lacks(entry, entry.scorer):
                     continue
-                row = result_row(self.arena.output, self.arena.evaluation, entry, measurement.play(setting))
+                row = result_row(self.storage.folder, self.config.evaluation, entry, measurement.play(setting))
                 beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
                 score = Estimate.stored(row["score"], row["interval"], row["n"])
                 self.say(f"{entry.method} seed {row['seed']} {row['decode']}{beta}: {score}")

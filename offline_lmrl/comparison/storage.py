@@ -14,7 +14,7 @@ from typing import Any
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.measure import TEMPERATURES, Setting
 from offline_lmrl.comparison.provenance import provenance
-from offline_lmrl.comparison.rows import SCHEME, Row, as_lines, read_results
+from offline_lmrl.comparison.rows import SCHEME, Row, as_lines, plain, read_results
 from offline_lmrl.comparison.runs import PLANNED, Entry
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import label_means, mean_interval
@@ -62,7 +62,7 @@ class Storage:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.rows = [*self._fixed_rows(), *kept]
         self._save()
-        write_text(self.folder / "config.json", json.dumps(_plain(asdict(self.config)), indent=1) + "\n")
+        write_text(self.folder / "config.json", json.dumps(plain(asdict(self.config)), indent=1) + "\n")
 
     def missing(self, entry: Entry) -> list[Setting]:
         """Return the settings of an entry that have no row yet."""
@@ -117,21 +117,29 @@ class Storage:
     def _identity(self, entry: Entry | None, decode: str) -> dict[str, Any]:
         """Return the fields of a row that name what determines it; a kept row must have the same ones.
 
-        Returns: `config`, settings and hashes of data; and, for a model made elsewhere, `weights`, their hash.
+        Returns: `config`, settings and hashes of data; and, for models made elsewhere, `weights`, the hash of the one
+          that plays, and `other_weights`, those of the ones that it starts from, learns from or plays with.
         """
         if entry is None:  # a method that the config no longer lists
             return {"config": self._shared}
-        found: dict[str, Any] = {"config": _plain(self._shared | entry.identity(decode))}
-        if entry.run.settings is None:
-            found["weights"] = weights_hash(entry.run.folder)
-        return found
+        found: dict[str, Any] = {"config": plain(self._shared | entry.identity(decode))}
+        weights = {run.label: self._weights[run.folder] for run in entry.runs() if run.settings is None}
+        if entry.run.label in weights:
+            found["weights"] = weights.pop(entry.run.label)
+        return found | ({"other_weights": weights} if weights else {})
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        """A hash of the weights of each model made elsewhere, by its folder; of one on the hub, its name."""
+        runs = [run for entry in self.entries.values() for run in entry.runs() if run.settings is None]
+        return {folder: weights_hash(folder) or folder for folder in {run.folder for run in runs}}
 
     @cached_property
     def _shared(self) -> dict[str, Any]:
         evaluation = asdict(self.config.evaluation)
         for name in ("batch_size", "labels"):  # these change no number in a row
             del evaluation[name]
-        return _plain(
+        return plain(
             {
                 "rows": SCHEME,
                 "environment": self.config.environment,
@@ -153,7 +161,7 @@ class Storage:
     def _fixed_rows(self) -> Iterator[Row]:
         config, scale = self.config, self.config.evaluation.score
         shown = {"baseline": config.baseline, "labels": config.evaluation.labels}
-        yield {"kind": "comparison", **shown, "config": _plain(asdict(config))}
+        yield {"kind": "comparison", **shown, "config": plain(asdict(config))}
         if not holds_comparisons(config.data["train"]):  # a preference label is not a return
             yield self._behaviour()
         # A partner is trained only later, and no optimum is known for play against one.
@@ -207,8 +215,3 @@ def _optimum(environment: Any) -> float | None:
     environment = environment() if callable(environment) else environment
     optimum = getattr(environment, "optimum", None)
     return None if optimum is None else optimum()
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON would give it back: with lists for tuples and texts for keys."""
-    return json.loads(json.dumps(value))

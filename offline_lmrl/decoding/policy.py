@@ -229,7 +229,7 @@ class LanguagePolicy:
         Returns: the ids; None if they and that turn do not fit into max_length.
         """
         return_ids, few_shot = self._null_return_ids(turns), self.shared_few_shot.without_returns
-        dialogue = EncodedDialogue.of([*turns, Turn(role, "")], self.renderer, return_ids, few_shot)
+        dialogue = EncodedDialogue([*turns, Turn(role, "")], self.renderer, return_ids, few_shot)
         return reply_window(dialogue, self.window, reserve)
 
     def _null_return_ids(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:

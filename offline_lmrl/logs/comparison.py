@@ -65,7 +65,8 @@ class Comparison:
         if self.ranking is not None:
             object.__setattr__(self, "ranking", _ranking(self.ranking, self.target))
         weight = finite("weight", self.weight)
-        require(weight > 0, f"weight: found {weight}, expected a number above 0")
+        if weight <= 0:
+            raise InputError(f"weight: found {weight}, expected a number above 0")
         object.__setattr__(self, "weight", weight)
         for name in ("group", "source"):
             require_text(name, vars(self)[name])
@@ -145,11 +146,11 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
 def _as_context(turn: Any, i: int) -> Turn:
     if not isinstance(turn, Turn):
         raise InputError(f"context[{i}]: found {shown(turn)}, expected a Turn")
-    require(
-        not turn.trainable and turn.reward is None,
-        f"context[{i}]: found a turn that is trainable or has a reward, expected turns that are neither trained "
-        "on nor rewarded",
-    )
+    if turn.trainable or turn.reward is not None:
+        raise InputError(
+            f"context[{i}]: found a turn that is trainable or has a reward, expected turns that are neither trained "
+            "on nor rewarded"
+        )
     return replace(turn, trainable=False) if turn.is_trainable else turn
 
 
@@ -157,10 +158,10 @@ def _check_option(option: tuple[Turn, ...], name: str) -> None:
     for turn in option:
         if not isinstance(turn, Turn):
             raise InputError(f"{name}: found {shown(turn)}, expected Turn objects")
-        require(
-            turn.reward is None,
-            f"{name}: found a reward of {turn.reward}, expected none, because the target replaces rewards",
-        )
+        if turn.reward is not None:
+            raise InputError(
+                f"{name}: found a reward of {turn.reward}, expected none, because the target replaces rewards"
+            )
     require(any(turn.is_trainable for turn in option), f"{name}: found no agent turn, expected at least one")
 
 
@@ -177,7 +178,7 @@ def _target(target: Any, size: int) -> tuple[float, ...]:
 def _ranking(ranking: Any, target: tuple[float, ...]) -> tuple[tuple[int, ...], ...]:
     groups = tuple(tuple(require_list("ranking", tied)) for tied in require_list("ranking", ranking))
     places = [place for tied in groups for place in tied]
-    whole = all(isinstance(place, Integral) and not isinstance(place, bool) for place in places)
+    whole = all(isinstance(place, int | Integral) and not isinstance(place, bool) for place in places)
     if not whole or not all(groups) or sorted(places) != list(range(len(target))):
         raise InputError(
             f"ranking: found {shown(ranking)} for {len(target)} options, expected lists that together hold the "

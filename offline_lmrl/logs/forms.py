@@ -105,14 +105,12 @@ def build_trajectory(
     Raises: InputError for an invalid field, or if no turn is trainable.
     """
     fields = {**default, **given_fields(row, given)}
-    roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
     with at(row.where):
         labels = {**row.others({*given, *used}), **read_labels(fields.pop("labels", None))}
         made = Trajectory(tuple(turns), labels=labels, **fields)
-        require(
-            any(turn.is_trainable for turn in turns),
-            f"messages: found only untrained turns ({roles}), expected at least one agent turn",
-        )
+        if not any(turn.is_trainable for turn in turns):
+            roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
+            raise InputError(f"messages: found only untrained turns ({roles}), expected at least one agent turn")
     return made
 
 
@@ -151,8 +149,7 @@ def _turns(row: Record, reward: str | None) -> tuple[list[Turn], str, set[str]]:
             any(turn.is_trainable for turn in turns),
             f"{row.where}: {completion}: found no agent turn, expected at least one",
         )
-        quiet = replace(row, repairs=Counter())  # that a column holds the score is what this form is
-        turns = [*prompt, *_scored(quiet, completion, turns, _prompt_score(row, turns, reward))]
+        turns = [*prompt, *_scored(row, completion, turns, _prompt_score(row, turns, reward))]
         return turns, _prompt_group(prompt), used | {"prompt", completion}
     found = listed(sorted(row.present)) or "none"
     raise InputError(
@@ -209,8 +206,10 @@ def _score(row: Record, turns: Sequence[Turn], column: str | None) -> float | No
         row.count(no_score(name), value is None)
         if value is not None and any(turn.reward is not None for turn in turns):
             return None
+    if value is None:
+        return None
     with at(row.where):
-        return None if value is None else as_number(name, value, row.repairs)
+        return as_number(name, value, row.repairs)
 
 
 def no_score(name: str) -> str:
@@ -262,9 +261,11 @@ def _scored(row: Record, field: str, turns: list[Turn], score: float | None) -> 
     if score is None or not agent:
         return turns
     for i in agent:
-        one = f"{row.where}: reward: found one for the row and another in {field}[{i}], expected only one"
-        require(turns[i].reward is None, one)
-    row.count(ROW_REWARD)
+        if turns[i].reward is not None:
+            raise InputError(
+                f"{row.where}: reward: found one for the row and another in {field}[{i}], expected only one"
+            )
+    row.count(ROW_REWARD, field in DIALOGUES)  # rows of the other form have no place for it but a column
     turns[agent[-1]] = replace(turns[agent[-1]], reward=score)
     return turns
 

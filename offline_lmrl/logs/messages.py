@@ -28,8 +28,8 @@ _ROLE_NAMES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "function_call"), "assistant"),
     **dict.fromkeys(("function", "function_response", "tool_response", "observation"), "tool"),
 }
-_KEPT = set(OPTIONAL_TURN_FIELDS) - {"name", "tool_call_id"}  # which templates print of tools only
-_READ = {"role", "content", "reasoning_content"}
+_TOOL_FIELDS = {"role", "content", *OPTIONAL_TURN_FIELDS}
+_FIELDS = _TOOL_FIELDS - {"name", "tool_call_id"}  # which templates print of tools only
 
 
 def read_turns(
@@ -49,16 +49,16 @@ def read_turns(
     """
     value = row.get(field)
     if role is not None and isinstance(value, str):
-        empty = f"{row.where}: {field}: found empty text, expected the text of the agent's turn"
-        require(value or role == "user", empty)
-        return [Turn(role, read_text(value))] if value else []  # without a prompt the agent opens
+        if value:
+            return [Turn(role, read_text(value))]
+        require(role == "user", f"{row.where}: {field}: found empty text, expected the text of the agent's turn")
+        return []  # the agent opens the dialogue
     messages = as_list(value, row.repairs)
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise row.error(field, "a list of messages")
-    places = (f"{row.where}: {field}[{i}]" for i in range(len(messages)))
     return [
-        _turn(message, where, row.repairs, context, allow_empty)
-        for message, where in zip(messages, places, strict=True)
+        _turn(message, f"{row.where}: {field}[{i}]", row.repairs, context, allow_empty)
+        for i, message in enumerate(messages)
     ]
 
 
@@ -72,7 +72,7 @@ def read_request(row: Record, field: str) -> list[Turn]:
     """
     prompt = row.get(field)
     if isinstance(prompt, str):  # also an empty one
-        row = replace(row, fields={**row, field: [{"role": "user", "content": prompt}]})
+        row = Record({**row, field: [{"role": "user", "content": prompt}]}, row.where, row.repairs)
     elif not isinstance(prompt, list | tuple) or not prompt:
         raise row.error(field, "text or a list of messages")
     try:
@@ -86,9 +86,11 @@ def with_tools(turns: Sequence[Turn], row: Record) -> list[Turn]:
 
     The column `tools` is a list of schemas, or JSON text of one; if it is empty or null, the turns stay as they are.
     """
+    if row.get("tools") is None:
+        return list(turns)
     has_system = bool(turns) and turns[0].role == "system"
     with at(row.where):
-        leading = replace(turns[0] if has_system else Turn("system", ""), tools=row.get("tools"))
+        leading = replace(turns[0] if has_system else Turn("system", ""), tools=row["tools"])
     return list(turns) if leading.tools is None else [leading, *turns[has_system:]]
 
 
@@ -129,7 +131,7 @@ def _turn(message: Any, where: str, repairs: Counter, context: bool, allow_empty
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
     fields = _named({name: value for name, value in message.items() if value is not None}, repairs)
-    role = fields.get("role")
+    role = fields.setdefault("role")
     if context and role == "assistant":
         fields["trainable"] = False
     if role == "assistant" and fields.get("weight") in (0, 1) and fields.pop("weight") == 0:
@@ -140,17 +142,19 @@ def _turn(message: Any, where: str, repairs: Counter, context: bool, allow_empty
         with at(where, "."):
             fields["reward"] = as_number("reward", fields["reward"], repairs)
     fields["content"] = _content(fields, repairs)
-    thoughts = {fields[name] for name in ("thinking", "reasoning_content") if isinstance(fields.get(name), str)}
-    fields["thinking"] = _thought(thoughts, where) if thoughts else None
-    # Arrow adds every field that any row has to all rows, as null, so a null in a call means "absent".
-    fields["tool_calls"] = _without_nulls(fields.get("tool_calls") or None)
+    thoughts = [fields.pop(name) for name in ("thinking", "reasoning_content") if name in fields]
+    if thoughts:
+        fields["thinking"] = _thought(thoughts, where)
+    if "tool_calls" in fields:
+        # Arrow adds every field that any row has to all rows, as null, so a null in a call means "absent".
+        fields["tool_calls"] = _without_nulls(fields["tool_calls"] or None)
     if role == "assistant" and fields.get("trainable") is False and fields.pop("reward", None) is not None:
         repairs[REWARD_REMOVED] += 1
-    kept = set(OPTIONAL_TURN_FIELDS) if role == "tool" else _KEPT
-    for name in fields.keys() - kept - _READ:
+    for name in fields.keys() - (_TOOL_FIELDS if role == "tool" else _FIELDS):
         repairs[f"repaired: message field {shown(name)} left out"] += 1
+        del fields[name]
     with at(where, "."):
-        turn = Turn(role, fields["content"], **{name: fields[name] for name in kept & fields.keys()})
+        turn = Turn(**fields)
         # An empty text with sampled ids is a real action, the closing token; without ids, there is nothing to learn.
         spoke = turn.content or turn.token_ids or turn.tool_calls or allow_empty
         require(spoke or not turn.is_trainable, "content: found empty text, expected the text of the agent's turn")
@@ -196,9 +200,9 @@ def _part(part: Any) -> str:
     raise Drop(f"content part of type {shown(kind)}")
 
 
-def _thought(texts: set[str], where: str) -> str | None:
-    """Return an agent's thought from the fields `thinking` and `reasoning_content`; None if it is empty."""
-    thoughts = {thought for thought in map(read_text, texts) if thought}
+def _thought(values: Sequence[Any], where: str) -> str | None:
+    """Return an agent's thought from the fields `thinking` and `reasoning_content`; None if no text is in them."""
+    thoughts = {read_text(value) for value in values if value and isinstance(value, str)}
     twice = f"{where}.thinking: found a text that differs from reasoning_content, expected only one of the two"
     require(len(thoughts) <= 1, twice)
     return thoughts.pop() if thoughts else None

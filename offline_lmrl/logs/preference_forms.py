@@ -72,7 +72,7 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
     def read(row: Record) -> Comparison:
         dialogue = next((name for name in DIALOGUES if name in row.present), None)
         if dialogue is not None and "prompt" not in row.present and {"chosen", "rejected"} <= row.present:
-            row = replace(row, fields={**row, "prompt": row[dialogue], dialogue: None})
+            row = Record({**row, "prompt": row[dialogue], dialogue: None}, row.where, row.repairs)
         context, options, fields, used = _parts(row, allow_empty)
         fields = {"group": root_group(context), **given_fields(row, _ROW_FIELDS), **fields}
         context = with_tools(context, row)
@@ -168,7 +168,7 @@ def _pair(row: Record, allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]
         prompt is None and any(isinstance(side, str) for side in sides.values()),
     )
     prompt = _repeated(prompt, list(sides.values()))
-    record = replace(row, fields=sides)
+    record = Record(sides, row.where, row.repairs)
     common, options = _split([read_reply(record, name, context, prompt) for name in sides], allow_empty)
     return [*context, *common], options
 
@@ -210,7 +210,7 @@ def _ranked(
 
 def _each(row: Record, name: str) -> Record:
     """Return the items of a list, which may be given as JSON text, as a record; see `Record.each`."""
-    return replace(row, fields={name: as_list(row[name], row.repairs)}).each(name)
+    return Record({name: as_list(row[name], row.repairs)}, row.where, row.repairs).each(name)
 
 
 def _repeated(prompt: Any, sides: Sequence) -> Any:
@@ -271,15 +271,15 @@ def read_reply(row: Record, field: str, context: list[Turn], prompt: Any) -> lis
         text = text[len(prompt) :] if repeats else text
         turns = [Turn("assistant", text.strip() if is_transcript(prompt) else text)]
     else:
-        row = replace(row, fields={field: [side] if isinstance(side, Mapping) else side})
+        row = Record({field: [side] if isinstance(side, Mapping) else side}, row.where, row.repairs)
         turns = read_turns(row, field, allow_empty=True)
         repeats = bool(context) and _spoken(turns[: len(context)]) == _spoken(context)
         turns = turns[len(context) :] if repeats else turns
     row.count("repaired: prompt removed from the start of a reply", repeats)
     text = turns[-1].content.rstrip() if turns else ""
-    end = next((token for token in END_TOKENS if text.endswith(token)), None)
-    if end is not None:
+    if text.endswith(END_TOKENS):
         row.count("repaired: end token removed from a reply")
+        end = next(token for token in END_TOKENS if text.endswith(token))
         turns[-1] = replace(turns[-1], content=text.removesuffix(end))
     return turns
 

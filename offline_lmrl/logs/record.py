@@ -2,8 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,35 +25,21 @@ def drop_if(holds: Any, reason: str) -> None:
         raise Drop(reason)
 
 
-@dataclass(frozen=True, eq=False)
-class Record(Mapping[str, Any]):
-    """A row, or an object inside a row, as a mapping from names to values.
+class Record(dict[str, Any]):
+    """A row, or an object inside a row, as a dict from names to values.
 
     Its methods return a field of the type that an importer needs; for a missing field, or one of another type, they
     raise InputError "where: name: found X, expected Y".
 
-    Attributes:
+    Args:
       fields: name -> value.
       where: the start of error messages, "file:row", with the names of the fields around an inner object.
       repairs: a counter that is incremented for each repair of the row, under a key that describes it.
     """
 
-    fields: Mapping[str, Any]
-    where: str
-    repairs: Counter[str]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.fields[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a field, or the default if it is missing."""
-        return self.fields.get(name, default)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.fields)
-
-    def __len__(self) -> int:
-        return len(self.fields)
+    def __init__(self, fields: Mapping[str, Any], where: str, repairs: Counter[str]):
+        super().__init__(fields)
+        self.where, self.repairs = where, repairs
 
     @cached_property
     def present(self) -> set[str]:

@@ -197,7 +197,7 @@ def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
 
 
 def _encoded(trajectory: Trajectory, renderer: "Renderer") -> EncodedDialogue:
-    return EncodedDialogue.of(with_own_token_ids(trajectory, renderer.fingerprint).turns, renderer)
+    return EncodedDialogue(with_own_token_ids(trajectory, renderer.fingerprint).turns, renderer)
 
 
 def _describe(trajectories: Sequence[Trajectory], renderer: "Renderer | None", max_length: int | None) -> SplitReport:

@@ -11,7 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, TypedDict
@@ -274,7 +274,7 @@ def encode_options(
       by_turn: False: one row per option. True: one row per agent turn of an option.
     Returns: one list of rows per option, or None if an option does not fit.
     """
-    dialogues = [EncodedDialogue.of([*context, *option], renderer) for option in options]
+    dialogues = [EncodedDialogue([*context, *option], renderer) for option in options]
     faults = chain.from_iterable(renderer.check.faults_in(dialogue.turns) for dialogue in dialogues)
     counts.update([*dict.fromkeys(faults)])  # each fault once per comparison
     cut = _cut_by_turn if by_turn else _cut_as_one_turn
@@ -302,10 +302,8 @@ def _cut_as_one_turn(dialogues: Sequence[EncodedDialogue], start: int, window: W
       start: number of turns in the context, and therefore index of the first turn of every reply.
       window: the limits on turns and tokens of a row.
     """
-    one = dialogues[0]
-    context = replace(one, turns=one.turns[:start], encoded=one.encoded[:start])
     longest = max(sum(dialogue.lengths[start:]) for dialogue in dialogues)
-    first = context.first_visible(window, start, longest)
+    first = dialogues[0].first_visible(window, start, longest)
     return None if first is None else [[(start, first, len(dialogue.turns))] for dialogue in dialogues]
 
 

@@ -158,7 +158,7 @@ class _Episode:
         if given is not None:
             self.return_ids = dict(zip([*self.agent_turns, len(turns)], given(trajectory), strict=True))
             of_turns = [self.return_ids[index] for index in self.agent_turns]
-        self.dialogue = EncodedDialogue.of(turns, encoder.renderer, of_turns, few_shot)
+        self.dialogue = EncodedDialogue(turns, encoder.renderer, of_turns, few_shot)
         self.encoded, self.left_out = self.dialogue.encoded, 0
         self.answered = self._replies(trajectory.terminated) if encoder.replies else {}
         self.spans, self.dropped = cut_windows(self.dialogue, self.rule, self.answered)

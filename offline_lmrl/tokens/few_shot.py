@@ -177,7 +177,7 @@ def few_shot_ids(
     for trajectory, first, stop in shown:
         turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
         own = return_ids_for and return_ids_for(trajectory)[: len(agent_turns(turns))]
-        part, encoded = turns[first:stop], EncodedDialogue.of(turns, renderer, own).encoded[first:stop]
+        part, encoded = turns[first:stop], EncodedDialogue(turns, renderer, own).encoded[first:stop]
         ids += chain.from_iterable(renderer.window_ids(part, encoded, 0, len(part), live=False))
     return tuple(ids)
 

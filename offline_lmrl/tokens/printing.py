@@ -415,6 +415,8 @@ def any_of(texts: set[str]) -> re.Pattern:
 
 def strip(text: str, sides: tuple[str, str]) -> str:
     """Remove white-space characters on the left and on the right of a text."""
+    if text == text.strip():
+        return text
     # If all of them are removed, assume that the template uses strip(), which also removes Unicode spaces.
     left, right = (None if set(side) >= set(WHITE_SPACE) else side for side in sides)
     return text.lstrip(left).rstrip(right)

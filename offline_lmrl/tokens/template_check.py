@@ -94,11 +94,12 @@ class TemplateCheck:
         Faults are parts that are not printed at all, differences from the stock template (their lines begin with
         MISMATCH), and agent turns that do not begin with the generation prompt.
         """
+        roles = {turn.role for turn in turns}
         parts = {
             "lists of tools": any(turn.tools for turn in turns),
             "thoughts": any(turn.thinking for turn in turns),
             "tool calls": any(turn.tool_calls for turn in turns),
-            "tool results": any(turn.role == "tool" for turn in turns),
+            "tool results": "tool" in roles,
         }
         lines = [
             f"{part} that the chat template does not print"
@@ -110,7 +111,7 @@ class TemplateCheck:
             "plain": True,
             "thoughts": thoughts,
             "tools": any(parts.values()),
-            "system": any(turn.role == "system" and turn.content for turn in turns),
+            "system": "system" in roles and any(turn.role == "system" and turn.content for turn in turns),
         }
         found = [self.mismatch(kind) for kind, held in kinds.items() if held]
         mismatches = [f"{MISMATCH} ({text})" for text in found if text is not None]

@@ -21,7 +21,6 @@ which are put between the preamble and the first turn (tokens/few_shot.py).
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,7 +28,7 @@ from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import Turn, leading_system_turns
 
 if TYPE_CHECKING:  # rendering imports transformers, which takes a second of `prepare SOURCE --help`
-    from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
+    from offline_lmrl.tokens.rendering import Renderer
 
 Ids = tuple[int, ...]
 
@@ -80,57 +79,38 @@ class Span(NamedTuple):
     answered: int
 
 
-@dataclass(frozen=True)
 class EncodedDialogue:
     """A dialogue as tokens, from which windows are cut.
 
-    Attributes:
-      renderer: the renderer that encoded the turns.
+    Args:
       turns: all turns of the dialogue.
-      encoded: the same turns as tokens; those of the agent begin with their return ids, if any.
+      renderer: the renderer that encodes the turns.
+      return_ids: for each agent turn, the ids put before its opening, which encode the requested return
+        (tokens/conditioning.py); None = no ids.
+      few_shot: ids of the few-shot demonstrations.
+
+    Attributes:
+      encoded: the turns as tokens; those of the agent begin with their return ids, if any.
       preamble: the ids before the first turn: preamble and few-shot demonstrations. They are never dropped.
+      head: the number of leading system turns.
+      lengths: the number of tokens of each turn in its longest form.
+      fixed: the number of tokens that every window holds: preamble, demonstrations and leading system turns.
     """
 
-    renderer: "Renderer"
-    turns: Sequence[Turn]
-    encoded: Sequence["EncodedTurn"]
-    preamble: Ids
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         turns: Sequence[Turn],
         renderer: "Renderer",
         return_ids: Sequence[Ids] | None = None,
         few_shot: Sequence[int] = (),
-    ) -> "EncodedDialogue":
-        """Encode turns.
-
-        Args:
-          return_ids: for each agent turn, the ids put before its opening, which encode the requested return
-            (tokens/conditioning.py); None = no ids.
-          few_shot: ids of the few-shot demonstrations.
-        """
-        encoded = renderer.encode(turns)
+    ):
+        self.turns, self.renderer, self.encoded = turns, renderer, renderer.encode(turns)
         if return_ids is not None:
             for index, ids in zip(agent_turns(turns), return_ids, strict=True):
-                encoded[index] = encoded[index].with_prefix(ids)
-        return cls(renderer, turns, encoded, (*renderer.preamble_of(turns), *few_shot))
-
-    @cached_property
-    def head(self) -> int:
-        """The number of leading system turns."""
-        return leading_system_turns(self.turns)
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each turn in its longest form."""
-        return [turn.longest for turn in self.encoded]
-
-    @cached_property
-    def fixed(self) -> int:
-        """The number of tokens that every window holds: preamble, demonstrations and leading system turns."""
-        return len(self.preamble) + sum(self.lengths[: self.head])
+                self.encoded[index] = self.encoded[index].with_prefix(ids)
+        self.preamble: Ids = (*renderer.preamble_of(turns), *few_shot)
+        self.head, self.lengths = leading_system_turns(turns), [turn.longest for turn in self.encoded]
+        self.fixed = len(self.preamble) + sum(self.lengths[: self.head])
 
     def first_visible(self, rule: WindowRule, index: int, length: int | None = None, reply: int = 0) -> int | None:
         """Return the index of the first turn that agent turn `index` sees, after the leading system turns.
@@ -145,10 +125,10 @@ class EncodedDialogue:
           decreases as `index` grows and does not depend on earlier windows, so training and live play agree whenever
           the lengths are equal.
         """
-        needed = self.fixed + (self.lengths[index] if length is None else length)
+        first = min(self.head, index)  # a reply may itself begin with a system turn, which is not visible before it
+        needed = len(self.preamble) + sum(self.lengths[:first]) + (self.lengths[index] if length is None else length)
         if needed > rule.max_length:
             return None
-        first = min(self.head, index)
         if rule.context is not None and index - first > rule.context:
             first += -(-(index - first - rule.context) // rule.stride) * rule.stride  # −(−a // b) rounds a / b up
         while first < index and needed + sum(self.lengths[first:index]) + reply > rule.max_length:
@@ -244,7 +224,7 @@ def policy_window(
     if return_ids is not None:
         *return_ids, coming = return_ids
         opening = (*coming, *opening)
-    dialogue = EncodedDialogue.of(turns, renderer, return_ids, few_shot)
+    dialogue = EncodedDialogue(turns, renderer, return_ids, few_shot)
     length = len(opening) + reserve
     first = dialogue.first_visible(rule, len(turns), length)
     if first is None:

@@ -3,8 +3,8 @@
 import pytest
 
 from offline_lmrl.algorithms.ppo import PPOConfig
-from offline_lmrl.cli.data import config_path
 from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.shipped import config_path
 
 CONFIG = CompareConfig.read(config_path("ablations/ppo_details"))
 DEFAULT = CONFIG.methods["default"].args

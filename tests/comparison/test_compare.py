@@ -333,7 +333,7 @@ def test_repeats_are_for_sampled_play_only(world):
     ("key", "value", "message"),
     [
         ("methods__ilql__args", {"expectil": 0.5}, "methods.ilql.args.expectil: found .*did you mean '.*expectile'"),
-        ("methods__ilql__args", {"expectile": 2.0}, "expectile: found 2.0, expected 0.5 to"),
+        ("methods__ilql__args", {"expectile": 2.0}, "^methods.ilql: expectile: found 2.0, expected 0.5 to"),
         ("methods__ilql__args", {"seed": 3}, "methods.ilql.args.seed: found a value, expected none"),
         ("methods__ilql__algorithm", "illql", "algorithm: found 'illql'"),
         (
@@ -343,7 +343,11 @@ def test_repeats_are_for_sampled_play_only(world):
         ),
         ("methods__bc__planner", {"wide": 3}, "methods.bc.planner.wide: found .*did you mean '.*width'"),
         ("methods__bc__planner", {"depth": 0}, "depth: found 0, expected a whole number from 1"),
-        ("methods__bc__decoding", {"temprature": 1}, "decoding.temprature: found .*did you mean 'temperature'"),
+        (
+            "methods__bc__decoding",
+            {"temprature": 1},
+            "^methods.bc: decoding.temprature: found .*did you mean 'temperature'",
+        ),
         ("methods__bc__decoding", {"ask": "best"}, "ask: found 'best', expected a finite number"),
         ("methods__bc__planner", {"scorer": "bc"}, "methods.bc.planner.scorer: found 'bc', which has no value heads"),
         (
@@ -355,7 +359,7 @@ def test_repeats_are_for_sampled_play_only(world):
         (
             "partner",
             {"algorithm": "bc", "decoding": {"topp": 1}},
-            "decoding.topp: found .*did you mean 'top_p'",
+            "^partner: decoding.topp: found .*did you mean 'top_p'",
         ),
         ("model__scrach", {}, "methods.bc.model.scrach: found a setting that does not exist; did you mean '.*scratch"),
         ("data__validation", None, "data.validation: missing"),
@@ -619,8 +623,8 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
         lengths[Path(config.args.output_dir).name] = getattr(config.args, "decoding", None)
         return stand_in(config)
 
-    def train_in_rounds(config, rounds):
-        lengths["rounds-0"] = rounds.collect.decoding
+    def train_in_rounds(config, collect, *world):
+        lengths["rounds-0"] = collect.decoding
         return stand_in(config)
 
     monkeypatch.setattr(runs, "train", train)
@@ -838,6 +842,7 @@ def test_failures_of_training_and_of_play_are_the_same_in_one_process_and_in_sev
 def made_elsewhere(folder, weights=b"weights"):
     """A folder as another library leaves it; the stand-in of a policy loads it by its name."""
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
     (folder / "model.safetensors").write_bytes(weights)
     return str(folder)
 
@@ -914,7 +919,11 @@ def test_a_checkpoint_may_be_a_run_and_the_start_of_another(world, tmp_path):
             "methods.x.cost.tokens: found a setting that does not",
         ),
         ({"checkpoint": ["a", "b"], **DECLARED}, "methods.x.checkpoint: found 2 folders, expected one for each of 1"),
-        ({"checkpoint": "./no/where", **DECLARED}, "methods.x.checkpoint: found './no/where', expected a folder that"),
+        ({"checkpoint": "./no/where", **DECLARED}, "methods.x.checkpoint: ./no/where: found no such folder"),
+        (
+            {"checkpoint": "no/where", **DECLARED},
+            "methods.x.checkpoint: no/where: found no such folder, and no model of",
+        ),
         ({"algorithm": "bc", "cost": {}}, "methods.x.cost: found it without `checkpoint`, expected none"),
         (
             {"checkpoint": "dpo", **DECLARED, "planner": {"scorer": "x"}},
@@ -927,6 +936,53 @@ def test_a_wrong_checkpoint_surfaces_before_anything_is_trained(world, entry, me
     with pytest.raises(InputError, match=message):
         run(world)
     assert not world.trained
+
+
+def test_a_folder_without_a_model_and_a_reward_model_surface_before_anything_is_trained(world, tmp_path):
+    empty = tmp_path / "runs"
+    empty.mkdir()
+    rewards = Path(made_elsewhere(tmp_path / "rewards"))
+    metadata = {"version": 1, "reward": {"head": "last"}}
+    (rewards / "config.json").write_text(json.dumps({"model_type": "gpt2", "offline_lmrl": metadata}))
+    for folder, message in ((empty, "found a folder whose model cannot be read"), (rewards, "found a reward model")):
+        world.settings["methods"]["x"] = {"checkpoint": str(folder), **DECLARED}
+        with pytest.raises(InputError, match=f"methods.x.checkpoint: {folder}: {message}"):
+            run(world)
+    assert not world.trained and not world.out.exists()
+
+
+def test_rows_of_a_method_that_started_from_another_checkpoint_are_refused(world, tmp_path):
+    start = made_elsewhere(tmp_path / "start")
+    world.settings["methods"] = {
+        "start": {"checkpoint": start, **DECLARED, "evaluate": False},
+        "tuned": {"algorithm": "bc", "from": "start"},
+    }
+    run(world)
+    run(world)
+    Path(start, "model.safetensors").write_bytes(b"others")
+    with pytest.raises(InputError, match="tuned: other_weights.start: found '.*, expected '"):
+        run(world)
+
+
+def test_rows_of_another_model_on_the_hub_are_refused(world, monkeypatch):
+    monkeypatch.setattr(resolve, "saved_model", lambda name: SimpleNamespace(metadata={}))
+    world.settings["methods"]["x"] = {"checkpoint": "me/first", **DECLARED}
+    run(world)
+    world.settings["methods"]["x"]["checkpoint"] = "me/second"
+    with pytest.raises(InputError, match="x: weights: found 'me/first', expected 'me/second'"):
+        run(world)
+
+
+def test_a_train_file_may_be_a_shipped_config(world):
+    world.settings["methods"]["x"] = {"train": "maze/bc"}
+    with pytest.raises(InputError, match="methods.x.train: maze/bc: data.train: found 'data/maze_full/train.jsonl'"):
+        run(world)
+    world.settings["methods"]["x"] = {"train": "maze/bcc"}
+    with pytest.raises(InputError, match="methods.x.train: maze/bcc: found neither a file nor a shipped config"):
+        run(world)
+    world.settings["methods"]["x"] = {"train": "no.yaml"}
+    with pytest.raises(InputError, match="methods.x.train: no.yaml: found No such file"):
+        run(world)
 
 
 def test_a_train_file_is_a_method_and_the_comparison_may_override_it(world, tmp_path, monkeypatch):

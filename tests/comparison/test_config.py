@@ -2,10 +2,10 @@ import re
 
 import pytest
 
-from offline_lmrl.cli.data import config_path
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.resolve import resolve
 from offline_lmrl.errors import InputError
+from offline_lmrl.shipped import config_path
 
 FILE = """
 environment: {name: maze, observed: full}

@@ -1,6 +1,8 @@
 """Runs of several folders in one report, and runs that are measured one by one."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -146,6 +148,26 @@ def test_a_run_measured_alone_is_a_row_like_those_of_a_comparison(trained, tmp_p
     assert main([*play, *output, "--repeats", "2"]) == 2
     assert "evaluation.repeats: found 2, expected 1" in capsys.readouterr().err
     assert len(read_results(tmp_path / "single" / "results.jsonl")) == 3
+
+
+def test_play_of_a_run_in_another_way_is_refused_before_it_is_played(trained, tmp_path, capsys, monkeypatch):
+    data, output = str(trained.parent / "logs.jsonl"), str(tmp_path / "single")
+    play = ["--environment", "hidden_rule", "--episodes", "3", "--max_new_tokens", "2", "--output", output]
+    assert main(["evaluate", "play", str(trained), *play]) == 0
+    before = Path(output, "results.jsonl").read_text()
+    twin = tmp_path / "twin" / trained.name
+    shutil.copytree(trained, twin)
+    monkeypatch.setattr("offline_lmrl.evaluation.play.evaluate_policy", None)
+    for one, more, message in (
+        (trained, ["--temperature", "0.5"], "decoding.temperature: found 0.5, expected 1.0"),
+        (trained, ["--demonstrations", data], "demonstrations: found .*, expected None"),
+        (trained, ["--task", "gamble"], "task: found 'gamble', expected None"),
+        (twin, [], "bc: run: found .*, expected '"),
+    ):
+        capsys.readouterr()
+        code, line = main(["evaluate", "play", str(one), *play, *more]), capsys.readouterr().err
+        assert code == 2 and re.search(rf"{message}.*need another folder; `report` shows", line), line
+    assert Path(output, "results.jsonl").read_text() == before
 
 
 def test_a_model_of_another_library_measured_alone_declares_no_cost(trained, tmp_path):

@@ -233,6 +233,14 @@ def test_the_first_lines_say_which_method_at_what_cost_and_how_sure(drawn):
     assert "Fewer than 5 training seeds" in text
 
 
+def test_methods_without_results_are_named(tmp_path, plain):
+    shown, *rows = results()
+    rows = [row for row in rows if row.get("method") not in ("bc", "ppo")]
+    page = contents(write_report(write(tmp_path, [shown, *rows])))
+    sentence = "There are no results of bc, ppo; without those of the baseline, no differences are shown."
+    assert sentence.encode() in page["report.md"]
+
+
 def test_text_of_logs_is_shown_as_it_is_and_commands_no_terminal(tmp_path, plain):
     said = "\x1b[2J<script>x</script> ![p](http://a/b.png) [l](c) *b* `c` | d \x9b1m \u202eleft\r\n# no heading"
     rows = results()

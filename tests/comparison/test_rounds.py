@@ -9,7 +9,7 @@ from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.compare import run_compare
 from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
 from offline_lmrl.comparison.methods import CollectConfig, MethodConfig
-from offline_lmrl.comparison.rounds import Rounds, train_in_rounds
+from offline_lmrl.comparison.rounds import train_in_rounds
 from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
@@ -29,7 +29,7 @@ def logs(tmp_path):
     return DataConfig(str(tmp_path / "logs.jsonl"))
 
 
-def learn(folder, data, algorithm="bc", rounds=2, environment=WORLD, model=None, **settings):
+def learn(folder, data, algorithm="bc", rounds=2, environment=WORLD, model=None, episodes=6, **settings):
     settings = {
         "max_steps": 2,
         "max_length": 32,
@@ -40,9 +40,9 @@ def learn(folder, data, algorithm="bc", rounds=2, environment=WORLD, model=None,
         **settings,
     }
     args = load_algorithm(algorithm)[0](output_dir=str(folder), **settings)
-    collect = CollectConfig(rounds, episodes=6, decoding={"max_new_tokens": 3})
+    collect = CollectConfig(rounds, episodes=episodes, decoding={"max_new_tokens": 3})
     model = model or ModelConfig(scratch=SCRATCH, vocab_size=270)
-    return train_in_rounds(RunConfig(algorithm, model, data, args), Rounds(collect, environment))
+    return train_in_rounds(RunConfig(algorithm, model, data, args), collect, environment)
 
 
 @pytest.mark.parametrize("algorithm", ["bc", "ilql"])
@@ -82,6 +82,15 @@ def test_a_stopped_run_goes_on_and_a_finished_one_stays(tmp_path, logs):
     learn(tmp_path / "run", logs)
     for path, text in texts.items():
         assert path.name == "metrics.jsonl" or path.read_text() == text
+
+
+def test_a_round_is_played_again_if_its_settings_changed_before_the_run_was_complete(tmp_path, logs):
+    run = learn(tmp_path / "run", logs, rounds=1)
+    for file in [file for file in run.iterdir() if file.is_file()]:
+        file.unlink()  # as if the run had been stopped after its round of play
+    learn(tmp_path / "run", logs, rounds=1, episodes=4)
+    assert json.loads((run / "complete.json").read_text())["episodes"] == 4
+    assert len(read_trajectories(run / "round-0" / "logs.jsonl")) == LOGS + 4
 
 
 def test_rounds_of_other_settings_are_refused(tmp_path, logs):

@@ -580,5 +580,5 @@ def test_training_windows_hold_before_every_reply_what_is_read_live(name):
         for stop, ids in zip(range(2, 11, 2), trained, strict=True):
             reply = len(view.encode_turn(cut.turns[stop]).actions)
             seen = cut.turns[:stop]
-            dialogue = EncodedDialogue.of([*seen, user("")], view, told[: stop // 2], prompt)
+            dialogue = EncodedDialogue([*seen, user("")], view, told[: stop // 2], prompt)
             assert ids == reply_window(dialogue, rule, reply), rule
