@@ -202,7 +202,10 @@ def _part(part: Any) -> str:
 
 def _thought(values: Sequence[Any], where: str) -> str | None:
     """Return an agent's thought from the fields `thinking` and `reasoning_content`; None if no text is in them."""
-    thoughts = {read_text(value) for value in values if value and isinstance(value, str)}
+    for value in values:
+        if not isinstance(value, str | None):
+            raise InputError(f"{where}.thinking: found {shown(value)}, expected text")
+    thoughts = {read_text(value) for value in values if value}
     twice = f"{where}.thinking: found a text that differs from reasoning_content, expected only one of the two"
     require(len(thoughts) <= 1, twice)
     return thoughts.pop() if thoughts else None

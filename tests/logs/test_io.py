@@ -173,6 +173,8 @@ def test_faulty_tool_calls_and_thoughts_are_one_line():
     faults = [
         ({"tool_calls": [{"function": {}}]}, r"logs:1: messages\[0\].tool_calls: found .* an object with"),
         ({"tool_calls": "["}, "tool_calls: found text that is not JSON"),
+        ({"thinking": 5}, "thinking: found 5, expected text"),
+        ({"reasoning_content": ["a"]}, r"thinking: found \['a'\], expected text"),
         ({"thinking": "a", "reasoning_content": "b"}, "thinking: found a text that differs from reasoning_content"),
     ]
     for fields, message in faults:
