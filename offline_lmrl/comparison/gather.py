@@ -28,6 +28,8 @@ from offline_lmrl.logs.io import write_text
 EPISODES = ("episodes", "first_seed", "repeats", "cluster")  # settings of an evaluation that decide what is played
 LENGTH = "max_new_tokens"
 APART = "runs that played otherwise need another folder; `report` shows several folders in one table"
+# Settings of a run that its method's runs with other seeds need not share.
+OF_ONE_RUN = ("path", "value_model", "output_dir", "logging_dir", "run_name", "seed", "data_seed")
 ONE_BY_ONE = "one_by_one"  # field of a row of kind "comparison": its runs were not made by one comparison
 
 
@@ -250,7 +252,19 @@ def _entry_of(run: str, decoding: dict[str, Any]) -> tuple[Entry, dict[str, Any]
         Run(name, seed, run, name, cost=cost),
         decoding=decoding,
         regime=regime,
-        described=[{"algorithm": algorithm, "decoding": decoding}],
+        described=[{"algorithm": algorithm, "decoding": decoding, **_trained_with(settings)}],
     )
     hashes = settings.get("input_hashes")
     return entry, hashes and {name: hashes.get(name) for name in ("train", "validation")}
+
+
+def _trained_with(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that must be equal in its method's runs with other seeds; {} if none are known.
+
+    Paths of runs are left out, because each seed may start or learn from its own.
+    """
+    found = {group: dict(settings.get(group) or {}) for group in ("model", "args")}
+    for name in OF_ONE_RUN:
+        found["model"].pop(name, None)
+        found["args"].pop(name, None)
+    return found if settings else {}

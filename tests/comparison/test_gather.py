@@ -150,6 +150,24 @@ def test_a_run_measured_alone_is_a_row_like_those_of_a_comparison(trained, tmp_p
     assert len(read_results(tmp_path / "single" / "results.jsonl")) == 3
 
 
+def test_runs_measured_alone_are_seeds_of_one_method_only_if_they_were_trained_alike(trained, tmp_path, capsys):
+    config = (trained / "config.yaml").read_text()
+    for name, rate in (("bc-8", None), ("bc-9", "0.5")):
+        folder = tmp_path / name
+        shutil.copytree(trained, folder)
+        changed = config.replace("\n  seed: 7", f"\n  seed: {name[-1]}").replace(str(trained), str(folder))
+        if rate is not None:
+            changed = re.sub("learning_rate: .*", f"learning_rate: {rate}", changed)
+        (folder / "config.yaml").write_text(changed)
+    play = ["--environment", "gamble", "--episodes", "3", "--max_new_tokens", "2", "--output", str(tmp_path / "out")]
+    assert [main(["evaluate", "play", str(run), *play]) for run in (trained, tmp_path / "bc-8")] == [0, 0]
+    capsys.readouterr()
+    assert main(["evaluate", "play", str(tmp_path / "bc-9"), *play]) == 2
+    assert "args.learning_rate: found 0.5, expected 1e-05" in capsys.readouterr().err
+    rows = [row for row in read_results(tmp_path / "out" / "results.jsonl") if row["kind"] == "run"]
+    assert [(row["method"], row["seed"]) for row in rows] == [("bc", 7), ("bc", 8)]
+
+
 def test_play_of_a_run_in_another_way_is_refused_before_it_is_played(trained, tmp_path, capsys, monkeypatch):
     data, output = str(trained.parent / "logs.jsonl"), str(tmp_path / "single")
     play = ["--environment", "hidden_rule", "--episodes", "3", "--max_new_tokens", "2", "--output", output]
