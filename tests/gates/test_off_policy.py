@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
+from offline_lmrl.decoding.distribution import next_token
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import scripted_episode
 from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
-from offline_lmrl.evaluation.offline import acting_log_prob
 from offline_lmrl.tasks.corridor import STARTS, Corridor
 from offline_lmrl.tokens.windows import policy_window
 from tests.gates.small import fitted
@@ -47,7 +47,8 @@ def chance(policy, turns, text):
     ids = list(policy_window(turns, renderer, policy.window))
     for token in (*renderer.encode_content(text), renderer.close_id):
         logits, _ = policy.model.eval().forward_with_hidden(input_ids=torch.tensor([ids]))
-        total += acting_log_prob(policy, logits.logits[0, -1:], None, None)[0, token].item()
+        drawn = next_token(logits.logits[0, -1:], policy.decoding)
+        total += drawn.over_vocabulary(logits.logits.shape[-1])[0, token].item()
         ids.append(token)
     return np.exp(total)
 
