@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_MESSAGE = 2000
+MAX_WHOLE = 2**63  # torch, Arrow and numpy cannot hold numbers from here on
 _SHOWN = 60  # characters of a value
 _LISTED = 20  # names
 _BITS = 1000  # of the largest whole number that is printed; Python refuses to print beyond about 14,000

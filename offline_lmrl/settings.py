@@ -21,12 +21,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from offline_lmrl.errors import InputError, listed, shown
+from offline_lmrl.errors import MAX_WHOLE, InputError, listed, shown
 
 SCALARS = (bool, int, float, str, Path, NoneType)
 LISTS = (list, tuple, Sequence)
 MAPPINGS = (dict, Mapping)
-MAX_WHOLE = 2**63  # torch, Arrow and numpy cannot hold numbers from here on
 WORDS = {
     bool: "true or false",
     int: "a whole number",

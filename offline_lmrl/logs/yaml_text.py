@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from offline_lmrl.errors import InputError, require, shown
+from offline_lmrl.errors import MAX_WHOLE, InputError, require, shown
 from offline_lmrl.logs.trajectory import MAX_NESTING
 
 MAX_VALUES = 100_000  # each alias counts as many values as it refers to
-MAX_WHOLE = 2**63  # torch, Arrow and numpy cannot hold numbers from here on
 
 
 class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
