@@ -14,7 +14,7 @@ setup: $(STAMP) ## make .venv and install the tested versions into it
 	@echo "Ready: $(BIN)/offline-lmrl --help"
 
 test: $(STAMP) ## set up, then run the default tests
-	@echo "Running the default tests (without those of -m gates, -m slow, -m real and -m benchmarks)"
+	@echo "Running the default tests (without those of -m gates, -m slow, -m real, -m engines and -m benchmarks)"
 	$(BIN)/python -m pytest
 
 quickstart: $(STAMP) ## set up, then make the logs of the maze, compare five methods on it and print the path of the report
@@ -33,5 +33,5 @@ $(STAMP): setup.cfg pyproject.toml requirements.lock
 		{ echo "error: $(PYTHON) cannot create virtual environments; on Debian and Ubuntu, run: apt install python3-venv" >&2; exit 1; }
 	@echo "Making .venv and installing the versions of requirements.lock (some minutes the first time)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,plots,peft]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,plots,peft,serve]'
 	@touch $@
