@@ -58,8 +58,12 @@ class GenerateConfig(OpenedRun):
     )
     output: str = setting(
         "-",
-        "File, or - for stdout: JSON Lines with the messages and the reply's token ids and log-probabilities. If a "
-        "scorer chose the reply, its labels hold the score, the number of replies compared, and whether it abstained.",
+        "File, or - for stdout. A file holds JSON Lines with the messages and the reply's token ids and "
+        "log-probabilities. If a scorer chose the reply, its labels hold the score, the number of replies compared, "
+        "and whether it abstained.",
+    )
+    json: bool | None = setting(
+        None, "Print the JSON Lines on stdout too (true), or only text (false); null = text if stdout is a terminal."
     )
     chat: bool = setting(False, "Talk with the run turn by turn on stdin and stdout, until the input ends.")
     n: int = setting(1, "Number of replies to each prompt.")
@@ -90,6 +94,8 @@ class GenerateConfig(OpenedRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.json is False and self.output != "-":
+            raise InputError(f"json: found false with the output {self.output}, expected none: a file is JSON Lines")
         if self.best_of < 1:
             raise InputError(f"best_of: found {self.best_of}, expected at least 1")
         limited = self.threshold is not None or self.coverage is not None
@@ -136,11 +142,15 @@ def generate(config: GenerateConfig) -> None:
         _chat(player, config.seed)
         return
     replies = list(_replies(player, policy.renderer.fingerprint, histories, config))
-    rows = [json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in replies]
-    if config.output == "-":
-        sys.stdout.writelines(map(visible, rows))  # escapes terminal control characters; the JSON keeps its meaning
+    as_text = config.output == "-" and (sys.stdout.isatty() if config.json is None else not config.json)
+    if as_text:
+        print(visible("\n\n".join(_texts(replies))))
     else:
-        write_text(config.output, "".join(rows))
+        rows = [json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in replies]
+        if config.output == "-":
+            sys.stdout.writelines(map(visible, rows))  # escapes terminal control characters; the JSON stays the same
+        else:
+            write_text(config.output, "".join(rows))
     if config.threshold is not None or config.coverage is not None:
         answered = sum(not row.labels["abstained"] for row in replies)
         print(f"answered {answered} of {len(replies)}", file=sys.stderr)
@@ -235,6 +245,15 @@ def _answered(tokenizer: str, history: Sequence[Turn], reply: "Reply", seed: int
     turn = Turn("assistant", reply.text, trainable, token_ids=reply.token_ids, behaviour_log_prob=reply.log_prob)
     labels = {"seed": seed, "tokenizer": tokenizer, "policy_log_prob": [list(reply.policy_log_prob or ())]}
     return Trajectory((*as_context(history), turn), terminated=reply.closed, labels=labels | reply.labels)
+
+
+def _texts(replies: Sequence[Trajectory]) -> list[str]:
+    """Return what a person reads of the replies; several replies come each after the turn that they answer."""
+    texts = [reply.turns[-1].content for reply in replies]
+    if len(replies) == 1:
+        return texts
+    asked = [reply.turns[-2].content if len(reply.turns) > 1 else "" for reply in replies]
+    return [f"> {turn}\n{text}" for turn, text in zip(asked, texts, strict=True)]
 
 
 def _chat(policy: "Policy", seed: int) -> None:
