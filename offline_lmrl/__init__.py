@@ -31,6 +31,8 @@ _HOMES = {
     "rollout": "environments.rollouts",
     "BCConfig": "algorithms.behaviour_cloning",
     "BCTrainer": "algorithms.behaviour_cloning",
+    "MCAWBCConfig": "algorithms.mc_awbc",
+    "MCAWBCTrainer": "algorithms.mc_awbc",
     "ILQLConfig": "algorithms.ilql",
     "ILQLTrainer": "algorithms.ilql",
     "ReturnConditionedConfig": "algorithms.return_conditioned",
