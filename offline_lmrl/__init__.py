@@ -56,7 +56,7 @@ _HOMES = {
     "evaluate_offline": "evaluation.offline",
     "CompareConfig": "comparison.config",
     "run_compare": "comparison.compare",
-    "export_run": "export.plain",
+    "export_run": "export.run",
 }
 __all__ = [*_HOMES]
 

@@ -1,9 +1,8 @@
-"""Commands that let a run (the folder with a trained model that `train` wrote) reply: generate, export."""
+"""The command `generate`, which lets a run (the folder with a trained model that `train` wrote) reply."""
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from offline_lmrl.cli.output import check_output
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.messages import DIALOGUES, read_request
-from offline_lmrl.logs.record import Record
+from offline_lmrl.logs.prompts import read_prompts
 from offline_lmrl.logs.terminal import progress_bar, visible
-from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, parse_json, shown, to_record
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, shown, to_record
 from offline_lmrl.settings import REQUIRED, setting
 
 if TYPE_CHECKING:
@@ -154,65 +152,6 @@ def generate(config: GenerateConfig) -> None:
     if config.threshold is not None or config.coverage is not None:
         answered = sum(not row.labels["abstained"] for row in replies)
         print(f"answered {answered} of {len(replies)}", file=sys.stderr)
-
-
-def export(run: str, output: Path, decoding: Mapping[str, Any], device: str | None = None) -> None:
-    """Write a run as a plain checkpoint of its base model, which inference engines can serve, with a README.md.
-
-    A checkpoint that would play differently from the run is not written. Value guidance can be added exactly to the
-    checkpoint's weights with q_reduce mean or first and without support, candidates, clip, top_k, top_p and min_p; a
-    policy without guidance can always be exported.
-
-    Args:
-      run: a run directory.
-      output: a folder that does not exist yet.
-      decoding: DecodingConfig fields, over those saved with the run.
-      device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
-    Raises: InputError if the checkpoint cannot be exact, or for a setting of requests and replies.
-    """
-    from offline_lmrl.export.plain import export_run
-    from offline_lmrl.logs.files import sweep
-
-    for name in {"ask", "max_new_tokens", "stop"} & set(decoding):
-        raise InputError(f"{name}: found {shown(decoding[name])}, expected none: a checkpoint does not hold it")
-    if output.parent.is_dir():
-        sweep(output.parent, output.name)  # first, so that leftovers of a killed export go even if this one is refused
-    print(export_run(run, output, device=device, **decoding))
-    print(output)
-
-
-def read_prompts(source: str) -> list[list[Turn]]:
-    """Read the dialogues to reply to, one per line that is not blank.
-
-    A line is a user turn as plain text, or a JSON object with the field `prompt` (text, or a list of messages) or
-    `messages` (or another name that logs use for it, such as `conversations`).
-
-    Args:
-      source: path of the file; "-" = stdin.
-    Returns: the turns of each dialogue.
-    Raises: InputError "source:line: field: ..." if a line cannot be read or there is no prompt.
-    """
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: text: found bytes that are not UTF-8, expected UTF-8") from error
-    name = "stdin" if source == "-" else source
-    lines = enumerate(text.split("\n"), 1)
-    histories = [_prompt(line.strip(), f"{name}:{number}") for number, line in lines if line.strip()]
-    if not histories:
-        raise InputError(f"{name}: found no prompt, expected one per line")
-    return histories
-
-
-def _prompt(line: str, where: str) -> list[Turn]:
-    if not line.startswith("{"):
-        return [Turn("user", line)]
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise InputError(f"{where}: JSON: found a line that does not parse: {error}") from error
-    field = next((name for name in DIALOGUES if name in row), "prompt")
-    return read_request(Record(row, where, Counter()), field)
 
 
 def _replies(

@@ -22,7 +22,6 @@ from offline_lmrl.cli import main
 from offline_lmrl.cli.data import SOURCES, prepare_from_settings
 from offline_lmrl.cli.main import COMMANDS
 from offline_lmrl.cli.parser import Command, ready
-from offline_lmrl.cli.play import read_prompts
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import MethodConfig
 from offline_lmrl.decoding.config import PlannerConfig
@@ -30,6 +29,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.prompts import read_prompts
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.run import DataConfig, ModelConfig
