@@ -18,8 +18,10 @@ class ExportConfig:
 
     run: str = setting(REQUIRED, "Run directory.")
     output: Path = setting(REQUIRED, "Folder to write, which must not exist yet.")
-    to: Literal["plain"] = setting(
-        "plain", "Form of the export. plain: weights of the base model, for any engine, if guidance folds into them."
+    to: Literal["plain", "transformers"] = setting(
+        "plain",
+        "Form of the export. plain: weights of the base model, for any engine, if guidance folds into them. "
+        "transformers: base weights, heads, and a `custom_generate` that decodes as the run does.",
     )
     form: dict[str, Any] = setting(dict, "Settings of the form, such as --form.NAME VALUE.")
     prompts: str | None = setting(
