@@ -18,8 +18,8 @@ size of the vocabulary, K the number of tokens that are still possible, and H th
 the state value. This file needs torch alone, so that an exported checkpoint can contain a copy of it.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -36,32 +36,60 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def support_filter(log_prob: Tensor, support: float) -> Tensor:
+def _differs(setting: float | Tensor | None, *off: float | None) -> bool:
+    """True if a setting has another value than these, for any row."""
+    return isinstance(setting, Tensor) or setting not in off
+
+
+def divisor(temperature: float | Tensor) -> float | Tensor:
+    """Return the number that log π is divided by: the temperature, and 1 in place of 0 (greedy)."""
+    if isinstance(temperature, Tensor):
+        return temperature.masked_fill(temperature == 0.0, 1.0)
+    return temperature or 1.0
+
+
+def support_filter(log_prob: Tensor, support: float | Tensor) -> Tensor:
     """Set tokens with π(a|s) < support · max π(·|s) to −inf; the best token always stays.
 
     This is the threshold of discrete BCQ (Fujimoto et al. 2019).
 
     Args:
       log_prob: (..., V), log-probabilities or unnormalised logits, as only differences to the best token matter.
-      support: the threshold in [0, 1]; 0 keeps all tokens.
+      support: the threshold in [0, 1], a number or a tensor (..., 1); 0 keeps all tokens.
     Returns: (..., V), not renormalised.
     """
-    if support <= 0.0:
+    if not _differs(support, 0.0):
         return log_prob
     share = (log_prob - log_prob.amax(-1, keepdim=True)).exp()
     return log_prob.masked_fill(share < support, -torch.inf)
 
 
-def _top_k_filter(log_prob: Tensor, k: int) -> Tensor:
-    worst_kept = log_prob.topk(min(k, log_prob.shape[-1]), dim=-1).values[..., -1:]
-    return log_prob.masked_fill(log_prob < worst_kept, -torch.inf)
+def _largest_k(k: int | Tensor, vocabulary: int) -> int:
+    """Return the largest k, at most V; for a tensor on a GPU it is V, because to read k would wait for the GPU."""
+    if isinstance(k, Tensor):
+        k = int(k.max()) if k.device.type == "cpu" else vocabulary
+    return min(k, vocabulary)
 
 
-def _top_p_filter(log_prob: Tensor, top_p: float) -> Tensor:
+def _top_k_filter(log_prob: Tensor, k: int | Tensor) -> Tensor:
+    vocabulary = log_prob.shape[-1]
+    if not isinstance(k, Tensor):
+        worst_kept = log_prob.topk(min(k, vocabulary), dim=-1).values[..., -1:]
+        return log_prob.masked_fill(log_prob < worst_kept, -torch.inf)
+    drops = k < vocabulary
+    best = log_prob.topk(_largest_k(k.where(drops, 1), vocabulary), dim=-1).values
+    worst_kept = best.gather(-1, k.clamp(max=best.shape[-1]).expand(*best.shape[:-1], 1) - 1)
+    return log_prob.masked_fill(drops & (log_prob < worst_kept), -torch.inf)
+
+
+def _top_p_filter(log_prob: Tensor, top_p: float | Tensor) -> Tensor:
     """Keep the smallest set of best tokens with a total probability of at least top_p; set the others to −inf."""
     prob, order = log_prob.softmax(-1).sort(-1, descending=True)
     before = prob.cumsum(-1) - prob  # mass of the better tokens: 0 for the best, which therefore always stays
-    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    beyond = before >= top_p
+    if isinstance(top_p, Tensor):
+        beyond &= top_p < 1.0  # rounded sums may reach 1 before the last token
+    dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)
     return log_prob.masked_fill(dropped, -torch.inf)
 
 
@@ -81,7 +109,9 @@ def number(default: float | None, help: str, low: float, high: float, expected: 
 class Form:
     """The settings of the formula; `DecodingConfig` (decoding/config.py) adds those of requests and replies.
 
-    `beta` may be a tensor that broadcasts against (..., K). Without terms, `candidates` has no effect.
+    So that one batch holds rows with different settings, those in PER_ROW may also be tensors (..., 1), such as
+    (B, 1); `of_rows` makes them. In a tensor, a row without a top_k, top_p, min_p or clip has the value in PER_ROW.
+    Without terms, `candidates` has no effect.
     """
 
     temperature: float = number(
@@ -139,15 +169,43 @@ class Form:
         "0 (no return guidance) or more",
     )
 
+    @classmethod
+    def of_rows(cls, forms: "Sequence[Form]", device: torch.device) -> "Form":
+        """Return one form for B rows, in which a setting that differs between them is a tensor (B, 1).
+
+        Args:
+          forms: the form of each row; all of the same `kind`.
+          device: the device of the tensors.
+        """
+        settings = {one.name: getattr(forms[0], one.name) for one in fields(Form)}
+        for name, off in PER_ROW.items():
+            values = [off if getattr(form, name) is None else getattr(form, name) for form in forms]
+            if any(value != values[0] for value in values):
+                dtype = torch.long if name == "top_k" else torch.float32
+                settings[name] = torch.tensor(values, device=device, dtype=dtype).unsqueeze(-1)
+        # `candidates` of the first row has no effect there if that row is not guided, but would have in the others.
+        return Form(**settings | {"candidates": forms[0].kind[2]})
+
+    @property
+    def kind(self) -> tuple:
+        """What two rows need to have in common to be in one batch: the settings that are not in PER_ROW, and an order.
+
+        With `candidates` or `top_k`, guided rows have their most probable token first (`_possible`), and the order
+        decides which token a random number draws.
+        """
+        candidates = self.candidates if self.guided else None
+        ordered = self.guided if self.top_k is not None or candidates is not None else None
+        return self.q_reduce, self.condition_scale, candidates, ordered
+
     @property
     def guided(self) -> bool:
-        return isinstance(self.beta, Tensor) or self.beta != 0 or self.condition_scale != 0
+        return _differs(self.beta, 0.0) or self.condition_scale != 0
 
     @property
     def keeps_all(self) -> bool:
         """True if every token stays possible."""
         filters = (self.top_k, self.top_p, self.min_p, self.candidates)
-        return self.support <= 0 and all(setting is None for setting in filters)
+        return not _differs(self.support, 0.0) and all(setting is None for setting in filters)
 
     def reads_all_of_q(self, device: torch.device) -> bool:
         """True if Q of all tokens should be computed together with the logits, and False for Q of the tokens left.
@@ -155,11 +213,23 @@ class Form:
         Where every token is left, the former is faster. On a GPU it is so in any case: the weights of the LM head are
         read once for both, and the number of tokens left is not waited for.
         """
-        return (isinstance(self.beta, Tensor) or self.beta != 0) and (self.keeps_all or device.type != "cpu")
+        return _differs(self.beta, 0.0) and (self.keeps_all or device.type != "cpu")
 
     def terms(self) -> "list[ReturnTerm | ValueTerm]":
         """Return the terms that these settings switch on, in the order of TERMS; none = the plain policy."""
         return [term for kind in TERMS if (term := kind.of(self)) is not None]
+
+
+# The settings that may differ between rows -> the value that means none, for those that may be None.
+PER_ROW = {
+    "temperature": None,
+    "top_k": 2**31,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "support": None,
+    "beta": None,
+    "clip": INF,
+}
 
 
 def filter_policy(logits: Tensor, form: Form) -> Tensor:
@@ -174,11 +244,11 @@ def filter_policy(logits: Tensor, form: Form) -> Tensor:
     Returns: (..., V), fp32 or float64, logits divided by the temperature; −inf for dropped tokens.
     """
     scores = support_filter(_at_least_float32(logits), form.support)
-    if form.temperature not in (0.0, 1.0):
-        scores = scores / form.temperature
+    if _differs(form.temperature, 0.0, 1.0):
+        scores = scores / divisor(form.temperature)
     if form.top_k is not None:
         scores = _top_k_filter(scores, form.top_k)
-    if form.top_p is not None and form.top_p < 1.0:
+    if _differs(form.top_p, None, 1.0):
         scores = _top_p_filter(scores, form.top_p)
     if form.min_p is not None:
         scores = support_filter(scores, form.min_p)
@@ -203,7 +273,7 @@ def reduce_q(q: Tensor, q_reduce: str) -> Tensor:
     raise ValueError(f"q_reduce: found {q_reduce!r}, expected one of {', '.join(Q_REDUCTIONS)}")
 
 
-def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature: float = 1.0) -> Tensor:
+def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature: float | Tensor = 1.0) -> Tensor:
     """Compute how a requested return R changes log π(a|s):  (1 + w) · (log π(a|s,R) − log π(a|s)) / T.
 
     The sum of log π(·|s) / T and this change is classifier-free guidance (Ho and Salimans 2022, on log-probabilities),
@@ -218,7 +288,7 @@ def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature
     """
     conditional, null = _at_least_float32(conditional), _at_least_float32(null)
     difference = conditional.log_softmax(-1) - null.log_softmax(-1)
-    return (1.0 + scale) / (temperature or 1.0) * difference
+    return (1.0 + scale) / divisor(temperature) * difference
 
 
 @dataclass(frozen=True)
@@ -260,7 +330,7 @@ class ReturnTerm:
     folds: ClassVar[Mapping[str, tuple[Any, ...]]] = {"condition_scale": (0.0,)}
 
     scale: float
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
 
     @classmethod
     def of(cls, form: Form) -> "ReturnTerm | None":
@@ -281,9 +351,10 @@ class ValueTerm:
     V cancels in the softmax unless the advantage is clipped, so it is computed only then.
 
     Args:
-      beta: β, a number or a tensor that broadcasts against (..., K), such as (B, 1).
+      beta: β, a number or a tensor (..., 1).
       q_reduce: how the H heads become one Q (`reduce_q`).
-      clip: the upper limit of the advantage; 0.0 only punishes tokens below V; None = no limit.
+      clip: the upper limit of the advantage, a number or a tensor (..., 1); 0.0 only punishes tokens below V; None =
+        no limit.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"hidden states", "null stream"})  # Q is trained without requests
@@ -291,12 +362,11 @@ class ValueTerm:
 
     beta: float | Tensor
     q_reduce: str = "min"
-    clip: float | None = None
+    clip: float | Tensor | None = None
 
     @classmethod
     def of(cls, form: Form) -> "ValueTerm | None":
-        active = isinstance(form.beta, Tensor) or form.beta != 0
-        return cls(form.beta, form.q_reduce, form.clip) if active else None
+        return cls(form.beta, form.q_reduce, form.clip) if _differs(form.beta, 0.0) else None
 
     def __call__(self, outputs: ModelOutputs, ids: Tensor | None) -> Tensor:
         advantage = reduce_q(outputs.q(ids), self.q_reduce)
@@ -362,9 +432,11 @@ def _possible(scores: Tensor, form: Form) -> NextToken:
     """
     vocabulary = scores.shape[-1]
     # Tokens beyond top_k are −inf already, so they need no column.
-    most = min(form.candidates or vocabulary, form.top_k or vocabulary)
-    best, ids = scores.topk(most, dim=-1) if most < vocabulary else (scores, None)
-    counted = form.support > 0 or form.top_p is not None or form.min_p is not None
+    top_k = vocabulary if form.top_k is None else _largest_k(form.top_k, vocabulary)
+    most = min(form.candidates or vocabulary, top_k)
+    ordered = most < vocabulary or isinstance(form.top_k, Tensor)
+    best, ids = scores.topk(most, dim=-1) if ordered else (scores, None)
+    counted = _differs(form.support, 0.0) or form.top_p is not None or form.min_p is not None
     if not counted or scores.device.type != "cpu":
         return NextToken(best, ids)
     left = best != -torch.inf  # also nan, of a model that has diverged

@@ -299,3 +299,64 @@ def test_the_formula_gives_the_values_and_draws_of_the_old_one(form, asked):
     if new.ids is None:  # candidates in another order are drawn by other random numbers
         u = torch.rand(64, dtype=torch.float64, generator=generator)
         assert torch.equal(sample_from(new.scores, u), sample_from(old, u))
+
+
+# Rows with different settings in one batch
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        [Form(), Form(0.0), Form(0.5), Form(beta=2.0), Form(2.0, beta=-1.0)],
+        [Form(beta=2.0, support=0.1), Form(0.7, beta=1.0, clip=0.1), Form(beta=3.0, top_p=0.8), Form(min_p=0.1)],
+        [Form(0.7, top_k=3), Form(top_k=500), Form(0.3, top_k=1, min_p=0.2), Form(top_k=20, top_p=0.5)],
+        [Form(beta=1.0, top_k=3), Form(beta=2.0, top_k=30, clip=0.0), Form(beta=-1.0, top_k=9, support=0.2)],
+        [Form(beta=1.0, candidates=9), Form(beta=2.0, candidates=9, top_k=4), Form(0.5, beta=3.0, candidates=9)],
+        [Form(0.5, condition_scale=1.0), Form(condition_scale=1.0, beta=1.0), Form(0.0, condition_scale=1.0)],
+    ],
+)
+def test_one_form_for_rows_with_different_settings_gives_each_row_its_own_distribution(forms):
+    assert len({form.kind for form in forms}) == 1
+    generator = torch.Generator().manual_seed(0)
+    logits, other = (2 * torch.randn(len(forms), 200, generator=generator) for _ in range(2))
+    q = torch.randn(2, len(forms), 200, generator=generator)
+    asked = {"conditional": other, "null": logits} if forms[0].condition_scale else {}
+    u = torch.rand(len(forms), dtype=torch.float64, generator=generator)
+
+    def drawn(form, rows):
+        outputs = replace(outputs_of(q[:, rows]), **{name: value[rows] for name, value in asked.items()})
+        found = next_token(logits[rows], form, outputs)
+        column = sample_from(found.scores, u[rows])[:, None]
+        return found.over_vocabulary(200), column if found.ids is None else found.ids.gather(-1, column)
+
+    mixed, tokens = drawn(Form.of_rows(forms, logits.device), slice(None))
+    for i, form in enumerate(forms):
+        alone, token = drawn(form, slice(i, i + 1))
+        assert_close(mixed[i : i + 1], alone, atol=1e-5, rtol=0)
+        assert torch.equal(tokens[i : i + 1], token)
+
+
+def test_rows_that_agree_on_a_setting_keep_it_as_a_number():
+    form = Form.of_rows([Form(0.5, beta=2.0, support=0.1), Form(0.5, beta=1.0, support=0.1)], torch.device("cpu"))
+    assert (form.temperature, form.support, form.clip) == (0.5, 0.1, None)
+    assert form.beta.tolist() == [[2.0], [1.0]]
+    plain = [Form(candidates=4), Form(0.5)]
+    assert not Form.of_rows(plain, torch.device("cpu")).guided
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (Form(beta=1.0, candidates=4), Form(beta=1.0)),
+        (Form(beta=1.0, q_reduce="mean"), Form(beta=1.0)),
+        (Form(beta=1.0, top_k=4), Form(beta=1.0)),  # ordered by probability, or by the vocabulary
+        (Form(beta=1.0, top_k=4), Form(top_k=4)),
+        (Form(condition_scale=1.0), Form()),
+    ],
+)
+def test_rows_whose_columns_are_in_another_order_are_of_another_kind(one, other):
+    assert one.kind != other.kind
+
+
+def test_a_row_without_guidance_fits_to_guided_rows():
+    assert Form(0.3).kind == Form(beta=2.0, support=0.1).kind == Form(candidates=7, top_p=0.5).kind
