@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,8 +37,9 @@ ARCHITECTURES = (
 PREFIX = "Guided"  # of the architecture that plays a folder with values, before the name of its base
 GREEDY_BELOW = 1e-5  # vLLM decodes greedily at temperatures below this
 OF_REQUESTS = ("beta", "support", "top_k", "top_p", "min_p")  # settings that a request may bring in `extra_args`
-AFTER_GUIDANCE = {"top_p": 1.0, "top_k": (0, -1), "min_p": 0.0}  # vLLM's own filters -> the values that switch them off
-PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+# What vLLM would apply after guidance -> the values that switch it off; filters act only where tokens are sampled.
+FILTERS = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,)}
+PENALTIES = {"presence_penalty": (0.0,), "frequency_penalty": (0.0,), "repetition_penalty": (1.0,)}
 
 
 class Request(Protocol):
@@ -83,22 +83,21 @@ def check_request(request: Request) -> None:
     Raises: InputError if a setting in `extra_args` is out of range, or if a guided request uses what vLLM would apply
       after guidance. A request with beta 0 is not guided and may use all of vLLM.
     """
-    extra = request.extra_args or {}
-    # What is stored is not known here, but it has a β other than 0 (`write_vllm`), so any other number serves.
+    # What is stored is not known here, but it has a β other than 0 (`check_vllm`), so any other number serves.
     if request_form(Form(beta=1.0), request).beta == 0:
-        if unused := sorted(set(OF_REQUESTS[1:]) & set(extra)):
-            raise InputError(f"{unused[0]}: found it in extra_args with beta 0, expected vLLM's own {unused[0]}, if any")
+        if unused := sorted(set(OF_REQUESTS[1:]) & set(request.extra_args)):
+            raise InputError(f"{unused[0]}: found it in extra_args with beta 0, expected it as vLLM's own setting")
         return
-    for name, off in AFTER_GUIDANCE.items():
-        found = getattr(request, name)
-        if request.temperature >= GREEDY_BELOW and found != off and found not in (off if name == "top_k" else ()):
+    sampled = request.temperature >= GREEDY_BELOW
+    for name, off in (FILTERS if sampled else {}).items():
+        if (found := getattr(request, name)) not in off:
             raise InputError(
                 f"{name}: found {shown(found)} in a guided request, expected none, as vLLM would apply it after "
                 f"guidance; send it as vllm_xargs (extra_args) {name}, which filters the policy before guidance"
             )
     for name, off in PENALTIES.items():
-        if (found := getattr(request, name)) != off:
-            raise InputError(f"{name}: found {shown(found)} in a guided request, expected {off:g}, or beta 0")
+        if (found := getattr(request, name)) not in off:
+            raise InputError(f"{name}: found {shown(found)} in a guided request, expected {off[0]:g}, or beta 0")
 
 
 def guided_logits(logits: Tensor, forms: Sequence[Form], outputs: ModelOutputs) -> Tensor:

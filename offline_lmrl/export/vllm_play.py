@@ -1,38 +1,49 @@
-"""Play prompts in vLLM, in an environment of its own: python -m offline_lmrl.export.vllm_play JOB REPLIES.
+"""Play prompts in vLLM, in an environment of its own: python -m offline_lmrl.export.vllm_play.
 
-JOB is a JSON file:
+The first line of stdin is a JSON object with the arguments of vLLM's LLM; each further line is an object with
 
-    {"engine": {"model": FOLDER, ...},                      arguments of vLLM's LLM
-     "batches": [{"prompts": [[1, 2], ...],                 token ids
-                  "sampling": [{"temperature": 0}, ...]}]}  fields of vLLM's SamplingParams, one per prompt, or one for all
+    prompts    lists of token ids
+    sampling   fields of vLLM's SamplingParams, one object per prompt
 
-The batches are played one after another by one engine. REPLIES is written with [{"replies": [[3, 4], ...], "seconds":
-1.5}], one entry per batch. vLLM writes its own messages to stdout and stderr.
+and is answered by one line on stdout: the token ids of each reply, with the one that ends it. All that vLLM writes
+goes to stderr.
 """
 
 import json
+import os
 import sys
-import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def play(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Play the batches of a job; return the replies of each, as token ids, and the seconds that it took."""
-    from vllm import LLM, SamplingParams
+class Engine:
+    """A vLLM engine in this process.
 
-    engine, played = LLM(**job["engine"]), []
-    for batch in job["batches"]:
-        prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
-        sampling = batch["sampling"]
-        if isinstance(sampling, dict):
-            sampling = [sampling] * len(prompts)
-        start = time.perf_counter()
-        outputs = engine.generate(prompts, [SamplingParams(**one) for one in sampling], use_tqdm=False)
-        seconds = time.perf_counter() - start
-        played.append({"replies": [list(output.outputs[0].token_ids) for output in outputs], "seconds": seconds})
-    return played
+    Args:
+      arguments: those of vLLM's LLM.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]):
+        from vllm import LLM
+
+        self.llm = LLM(**arguments)
+
+    def play(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Reply to prompts, given as token ids; `sampling` holds the fields of SamplingParams for each."""
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs = self.llm.generate(asked, [SamplingParams(**one) for one in sampling], use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    engine = Engine(json.loads(sys.stdin.readline()))
+    for line in sys.stdin:
+        print(json.dumps(engine.play(**json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(play(json.loads(Path(sys.argv[1]).read_text()))))
+    main()

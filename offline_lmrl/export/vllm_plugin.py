@@ -1,8 +1,9 @@
 """The plugin by which vLLM plays guided runs.
 
-vLLM loads this module itself, by the entry point `vllm.general_plugins`; nothing of this project imports it. `register`
-adds an architecture "Guided…" for each of ARCHITECTURES. A folder that `export --to vllm` wrote names the base
-architecture, under which vLLM refuses it, as it finds weights of value heads that the base has not. It plays it with
+vLLM loads this module itself, by the entry point `vllm.general_plugins`; nothing of this project imports it.
+`register` adds an architecture "Guided…" for each of ARCHITECTURES. A folder that `export --to vllm` wrote names the
+base architecture, under which vLLM refuses it, as it finds weights of value heads that the base has not. It plays it
+with
 
     --hf-overrides '{"architectures": ["GuidedLlamaForCausalLM"]}'
 
@@ -55,7 +56,9 @@ class GuidedConfig:
         super().verify_and_update_config(vllm_config)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         if not _metadata(vllm_config).get("value_heads"):
-            raise ValueError(f"{model.model}: found no value heads in config.json, expected what export --to vllm wrote")
+            raise ValueError(
+                f"{model.model}: found no value heads in config.json, expected what export --to vllm wrote"
+            )
         refused = {
             "speculative decoding": vllm_config.speculative_config is not None,
             "vLLM's V2 model runner (start with VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,

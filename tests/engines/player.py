@@ -1,29 +1,31 @@
-"""Several jobs of offline_lmrl.export.vllm_play in one process: a start of vLLM takes a minute, an engine seconds.
+"""Several engines of vLLM in one process, which takes a minute to start: python -m tests.engines.player JOBS ANSWERS.
 
-A job's entry "refused" holds the error, if the engine does not start or a batch is not played.
+JOBS is JSON, by name: {"engine": arguments of LLM, "batches": [what `Engine.play` takes]}. ANSWERS gets one line per
+job, [name, replies of each batch], or [name, the error] if the engine does not start or a batch is not played.
 """
 
 import gc
 import json
 import sys
-import traceback
 from pathlib import Path
 
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from offline_lmrl.export.vllm_play import play
+from offline_lmrl.export.vllm_play import Engine
 
 
-def played(job):
+def answer(job):
     try:
-        return {"batches": play(job)}
-    except Exception:
-        return {"refused": traceback.format_exc()}
+        engine = Engine(job["engine"])
+        return [engine.play(**batch) for batch in job["batches"]]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     finally:
         gc.collect()
         cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps({name: played(job) for name, job in jobs.items()}))
+    with open(sys.argv[2], "w") as answers:
+        for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
+            print(json.dumps([name, answer(job)]), file=answers, flush=True)

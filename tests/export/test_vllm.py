@@ -188,7 +188,7 @@ def test_processes_that_share_the_rows_of_the_lm_head_compute_the_same_q(kind):
 
 def test_the_folder_has_the_base_architecture_and_the_heads_that_play(tmp_path):
     model = guided_model("llama", "mlp")
-    architecture = write_vllm(model, DecodingConfig(beta=4.0, support=0.02), tmp_path / "folder")
+    architecture = write_vllm(model, DecodingConfig(beta=4.0, support=0.02), 2, tmp_path / "folder")
     assert architecture == "GuidedLlamaForCausalLM"
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -208,7 +208,7 @@ def test_an_adapter_is_merged_and_the_heads_stay(tmp_path):
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     ids = torch.arange(3, 9).unsqueeze(0)
     expected = adapted(input_ids=ids).logits
-    write_vllm(adapted, DecodingConfig(beta=4.0), tmp_path / "folder")
+    write_vllm(adapted, DecodingConfig(beta=4.0), 2, tmp_path / "folder")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
     assert_close(base(ids).logits, expected)
     assert_close(load_file(tmp_path / "folder" / "model.safetensors")["value_heads.target_q.map"], before)
@@ -224,7 +224,7 @@ def test_what_vllm_cannot_play_is_refused(tmp_path):
     with pytest.raises(InputError, match="found a return-conditioned run"):
         check_vllm(heads | {"returns": {}}, guided)
     with pytest.raises(InputError, match="run: found GPTNeoXForCausalLM, expected one of CohereForCausalLM"):
-        write_vllm(guided_model("gpt_neox"), guided, tmp_path / "folder")
+        write_vllm(guided_model("gpt_neox"), guided, 2, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
