@@ -52,6 +52,7 @@ class LoggedTokens:
       the policy's temperature and without filters.
     changed: (B, N), 1 if guidance changes the most probable token, else 0.
     counts: description of a fault -> number of cases, for example of agent turns that do not fit into a window.
+    betas: the B values of β.
     """
 
     trajectory: np.ndarray
@@ -65,6 +66,7 @@ class LoggedTokens:
     kl: np.ndarray
     changed: np.ndarray
     counts: Counter[str]
+    betas: tuple[float, ...]
 
 
 def measure_logs(
@@ -110,6 +112,7 @@ def measure_logs(
         kl=measured["kl"].T,
         changed=measured["changed"].T,
         counts=+counts,
+        betas=tuple(betas),
     )
 
 
