@@ -32,6 +32,7 @@ class Request:
     changes: fields of DecodingConfig that the caller gave over those saved with the run.
     prompts: the dialogues that run and export reply to.
     device: device for the models; None = the first accelerator, else the CPU.
+    force: True: an export that misses a bound, or cannot be played here, is written too.
     """
 
     run: Path
@@ -41,6 +42,7 @@ class Request:
     changes: Mapping[str, Any] = field(default_factory=dict)
     prompts: Sequence[Sequence[Turn]] = ()
     device: Any = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class ExportForm(Protocol):
           folder: a folder to create and fill; it becomes `request.output` once the export has been played.
         """
 
-    def player(self, policy: LanguagePolicy, request: Request, folder: Path) -> AbstractContextManager[Player]:
-        """Return a context manager that loads the export and plays it.
+    def player(self, policy: LanguagePolicy, request: Request, folder: Path) -> AbstractContextManager[Player | None]:
+        """Return a context manager that loads the export and plays it; None where `force` allows that it cannot.
 
         Args:
           policy: the run; only its renderer and its ids of returns are needed.
@@ -96,6 +98,7 @@ class ExportForm(Protocol):
 FORMS = {
     "plain": "offline_lmrl.export.plain:Plain",
     "transformers": "offline_lmrl.export.transformers:Transformers",
+    "vllm": "offline_lmrl.export.vllm:VLLM",
 }
 
 

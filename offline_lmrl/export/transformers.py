@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from offline_lmrl.decoding import distribution
 from offline_lmrl.decoding.config import DecodingConfig
@@ -31,6 +31,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.export import glue
 from offline_lmrl.export.beside import Row, RunPlayer
+from offline_lmrl.export.folder import set_generation, tokenizer_of
 from offline_lmrl.export.forms import Request, Written, samples_alike
 from offline_lmrl.export.playing import GeneratePlayer
 from offline_lmrl.export.prompts import encode_prompts, requested_return
@@ -88,7 +89,7 @@ class Transformers:
         return replace(decoding, temperature=0.0)
 
     def write(self, policy: LanguagePolicy, request: Request, folder: Path) -> Written:
-        decoding, tokenizer = request.decoding, policy.renderer.tokenizer
+        decoding, tokenizer = request.decoding, tokenizer_of(policy.renderer)
         probe = find_probe(policy, request)
         heads, tensors = part_of(policy.model, "value_heads"), {}
         if heads is not None:
@@ -100,13 +101,11 @@ class Transformers:
         decoder = model.get_decoder()
         settings["decoder"] = next(name for name, module in model.named_modules() if module is decoder)
         settings["relu"] = heads is not None and isinstance(heads.target_q, MLPQ)
-        model.generation_config = generation_config(model.generation_config, policy, decoding)
+        set_settings(model, policy.renderer.close_id, decoding)
         if table is not None:
             ids = add_return_tokens(tokenizer, len(table))
             spell_returns(model, table, ids)
             settings["requests"] = [[token] for token in ids]
-        if policy.renderer.template == "plain":
-            tokenizer.chat_template = None  # the run was not trained with it
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file(tensors or {"none": torch.zeros(1)}, folder / "heads.safetensors", {"run": json.dumps(settings)})
@@ -178,23 +177,18 @@ def run_settings(policy: LanguagePolicy, decoding: DecodingConfig) -> dict[str, 
     }
 
 
-def generation_config(base: GenerationConfig, policy: LanguagePolicy, decoding: DecodingConfig) -> GenerationConfig:
-    """Return the generation config: the run's settings, and the special ids of the base model."""
-    ends = sorted(policy.renderer.close_ids)
+def set_settings(model: PreTrainedModel, close_id: int, decoding: DecodingConfig) -> None:
+    """Store the run's settings in the generation config of a model, from which the glue takes them, in place."""
     drawing = {}
     if decoding.temperature > 0:
         names = ("temperature", "top_p", "min_p")
         drawing = {name: value for name in names if (value := getattr(decoding, name)) is not None}
         drawing["top_k"] = decoding.top_k or 0
-    return GenerationConfig(
-        bos_token_id=base.bos_token_id,
-        pad_token_id=ends[0] if base.pad_token_id is None else base.pad_token_id,
-        eos_token_id=ends if len(ends) > 1 else ends[0],
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.temperature > 0,
-        beta=decoding.beta,
-        **drawing,
-    )
+    set_generation(model, close_id, drawing)
+    config = model.generation_config
+    config.max_new_tokens, config.beta = decoding.max_new_tokens, decoding.beta
+    if config.pad_token_id is None:
+        config.pad_token_id = close_id
 
 
 @dataclass(frozen=True)
