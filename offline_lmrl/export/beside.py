@@ -187,18 +187,19 @@ class Trial:
     decoding: DecodingConfig
     scorer: Any = None
 
-    def compare(self, run: Replies, export: Replies, bounded: Callable[[Row], Row]) -> Beside:
+    def compare(self, run: Replies, export: Replies, bounded: Callable[[Row], Row | None]) -> Beside:
         """Measure the replies of both.
 
         Args:
           run: the run's replies.
           export: the export's replies.
-          bounded: function that adds to a measure what is expected of it.
+          bounded: function that adds to a measure what is expected of it; None leaves the measure out.
         """
         rows = [self.identical(run.greedy, export.greedy)]
         measured = [self._measured(replies.drawn) for replies in (run, export)]
         for name, of_run in measured[0].items():
-            apart = mean_interval((measured[1][name] - of_run).tolist())
+            with np.errstate(invalid="ignore"):  # −inf, of a token that the run never chooses
+                apart = mean_interval((measured[1][name] - of_run).tolist())
             rows.append(
                 Row(
                     name,
@@ -209,7 +210,7 @@ class Trial:
                     len(of_run),
                 )
             )
-        return Beside(self.prompts.source, len(self.ids), [bounded(row) for row in rows])
+        return Beside(self.prompts.source, len(self.ids), [kept for row in rows if (kept := bounded(row)) is not None])
 
     def identical(self, run: Sequence[Sequence[int]], export: Sequence[Sequence[int]]) -> Row:
         """Return the share of identical greedy replies.

@@ -91,7 +91,7 @@ def export_run(
             of_export = play(player, ids, greedy, decoding)
         del policy  # the form may have changed it
         trial = Trial(load(), prompts, ids, greedy, decoding, held_out.scorer)
-        beside = trial.compare(of_run, of_export, form.bounded).plus(written.rows)
+        beside = trial.compare(of_run, of_export, written.bounded or form.bounded).plus(written.rows)
         _require_bounds(beside, force)
         _write_card(temporary, written, beside, decoding)
     return Export(output, decoding, written, beside)
