@@ -16,11 +16,24 @@ from typing import Any
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.files import locked, move_into, staging, writing
-from offline_lmrl.logs.io import REPORT, Row, group_key, parsed, raw_splits, split_by_group, write_text
+from offline_lmrl.logs.io import (
+    REPORT,
+    Row,
+    group_key,
+    holds_comparisons,
+    parsed,
+    raw_splits,
+    read_comparisons,
+    read_trajectories,
+    split_by_group,
+    write_text,
+)
+from offline_lmrl.logs.io import write_rows as write_lines
 from offline_lmrl.logs.io import write_trajectories as write_rows
 from offline_lmrl.logs.preference_forms import root_group
 from offline_lmrl.logs.record import Drop, Record
 from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.logs.trl import TrlForm
 from offline_lmrl.settings import setting
 
 VALIDATION_SHARE = 0.1
@@ -31,7 +44,7 @@ _FOUND = re.compile(r"(?P<field>.*?): found .*, expected (?P<expected>.*)", re.D
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(TrlForm):
     """A source of training data; the fields of a subclass are its settings.
 
     Raises: InputError for a setting that cannot be used.
@@ -44,6 +57,7 @@ class Source:
         given = vars(self)
         for name in ("input", "output"):
             require(given.get(name) != "", f"{name}: found empty text, expected a path")
+        super().__post_init__()
         check_share(given.get("validation", 0))
         if "input" in given:
             source, output = Path(given["input"]).resolve(), Path(self.output).resolve()
@@ -65,7 +79,26 @@ class Source:
         Raises: InputError if nothing can be read or made, or the output cannot be written.
         """
         with locked(self.output):
-            return self.make()
+            return self.make() if self.to is None else self._make_rows()
+
+    def _make_rows(self) -> Report:
+        """Make the data, write their rows for TRL and the report, and return the report."""
+        with prepared(self.output) as folder:
+            with staging(folder / "data") as temporary:
+                data = temporary / "data"  # the staging folder itself is locked
+                report = replace(self, output=data, to=None, threshold=None, keep_share=1.0).make()
+                splits = {
+                    path.stem: (read_comparisons if holds_comparisons(path) else read_trajectories)(path)
+                    for path in sorted(data.glob("*.jsonl"))
+                }
+            require_no_other_splits(self.output, splits)
+            counts: Counter[str] = Counter()
+            made = self.convert(splits, counts)
+            for name, rows in made.items():
+                write_lines(folder / f"{name}.jsonl", rows)
+            report[f"rows for {self.to}"] = {**{name: len(rows) for name, rows in made.items()}, **+counts}
+            write_json(folder / REPORT, report)
+        return report
 
     def make(self) -> Report:
         """Make and write the data while the output folder is locked; return the content of report.json."""

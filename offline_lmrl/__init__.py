@@ -18,9 +18,9 @@ _HOMES = {
     "write_comparisons": "logs.io",
     "to_trajectories": "logs.preferences",
     "to_comparisons": "logs.preferences",
-    "preference_rows": "logs.preferences",
-    "label_rows": "logs.preferences",
-    "sft_rows": "logs.preferences",
+    "preference_rows": "logs.trl",
+    "label_rows": "logs.trl",
+    "sft_rows": "logs.trl",
     "write_rows": "logs.io",
     "FewShotConfig": "tokens.few_shot",
     "Renderer": "tokens.rendering",
@@ -31,6 +31,8 @@ _HOMES = {
     "rollout": "environments.rollouts",
     "BCConfig": "algorithms.behaviour_cloning",
     "BCTrainer": "algorithms.behaviour_cloning",
+    "MCAWBCConfig": "algorithms.mc_awbc",
+    "MCAWBCTrainer": "algorithms.mc_awbc",
     "ILQLConfig": "algorithms.ilql",
     "ILQLTrainer": "algorithms.ilql",
     "ReturnConditionedConfig": "algorithms.return_conditioned",
@@ -54,7 +56,7 @@ _HOMES = {
     "evaluate_offline": "evaluation.offline_report",
     "CompareConfig": "comparison.config",
     "run_compare": "comparison.compare",
-    "export_run": "export.plain",
+    "export_run": "export.run",
 }
 __all__ = [*_HOMES]
 

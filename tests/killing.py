@@ -56,6 +56,7 @@ def _serve(log: str) -> None:
     import offline_lmrl.cli.play
     import offline_lmrl.comparison.compare
     import offline_lmrl.export.plain
+    import offline_lmrl.export.run
     import offline_lmrl.run  # noqa: F401
 
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
-from offline_lmrl.export.plain import export_run
+from offline_lmrl.export.run import export_run
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.loading import load_model
@@ -105,7 +105,8 @@ def test_a_family_goes_all_the_way_or_is_refused_before_training(model_type, tmp
         said = logits[len(window) - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, len(window) :, None])[:, 0]
         torch.testing.assert_close(torch.tensor(reply.policy_log_prob), said, atol=1e-3, rtol=0)
     try:
-        assert export_run(tmp_path / "run", tmp_path / "exported", device="cpu").difference < 1e-3
+        report = export_run(tmp_path / "run", tmp_path / "exported", device="cpu", max_new_tokens=6)
+        assert report.written.difference < 1e-3
     except InputError:
         assert model_type in NOT_EXPORTED and not (tmp_path / "exported").exists()
 

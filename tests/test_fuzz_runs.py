@@ -25,7 +25,7 @@ COMMANDS = {
     "evaluate logs": ("evaluate", "logs", "RUN", "--data", "scored.jsonl", "--betas", "[1]"),
     "evaluate play": ("evaluate", "play", "RUN", "--environment", "gamble", "--episodes", 2, "--max_new_tokens", 2),
     "generate": ("generate", "RUN", "--max_new_tokens", 2),
-    "export": ("export", "RUN", "--output", "exported", "--q_reduce", "mean", "--data", "scored.jsonl"),
+    "export": ("export", "RUN", "--output", "exported", "--beta", 0, "--max_new_tokens", 2),
     "relabel": ("relabel", "scored.jsonl", "--scorer", "RUN", "--output", "relabelled.jsonl"),
     "evaluate scorer": ("evaluate", "scorer", "RUN", "--data", "pairs.jsonl"),
     "train on": ("train", "--algorithm", "bc", "--model.path", "RUN", "--data.train", "scored.jsonl",
@@ -88,7 +88,7 @@ def test_the_runs_that_are_damaged_are_whole(runs, name):
     for title, command in COMMANDS.items():
         code, _, err = run_command(*(name if word == "RUN" else word for word in command), stdin="left or right?\n")
         fits = ("relabel" in title or "scorer" in title) == (name == "reward_model")
-        assert (code == 0) == fits or title in ("check", "export", "train on"), (title, err)
+        assert (code == 0) == fits or title in ("check", "train on"), (title, err)
         _remove_outputs(runs)
 
 

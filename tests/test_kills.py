@@ -130,7 +130,8 @@ COMMANDS = {
     "relabel into a datasets folder": lambda folder, output: [
         "relabel", folder / "data" / "train.jsonl", "--scorer", folder / "judge", "--output", output / "scored"],
     "export": lambda folder, output: ["export", folder / "guided", "--output", output / "plain", "--beta", 1,
-                                      "--q_reduce", "first", "--support", 0],
+                                      "--q_reduce", "first", "--support", 0, "--max_new_tokens", 2,
+                                      "--prompts", folder / "prompts.txt"],
     "compare": lambda folder, output: ["compare", *_compare(folder, output)],
 }  # fmt: skip
 
@@ -243,7 +244,18 @@ def finished(folder: Path, algorithm: str, output: Path) -> list[list]:
     (folder / "prompts.txt").write_text("go\n")
     return [
         ["generate", output, "--prompts", folder / "prompts.txt", "--max_new_tokens", 4],
-        ["export", output, "--output", output / "plain", "--beta", 0],
+        [
+            "export",
+            output,
+            "--output",
+            output / "plain",
+            "--beta",
+            0,
+            "--prompts",
+            folder / "prompts.txt",
+            "--max_new_tokens",
+            4,
+        ],
     ]
 
 

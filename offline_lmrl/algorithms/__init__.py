@@ -40,6 +40,7 @@ class Algorithms(dict[str, Algorithm]):
 
 ALGORITHMS = Algorithms(
     bc=Algorithm("behaviour_cloning", "BCConfig", "BCTrainer"),
+    mc_awbc=Algorithm("mc_awbc", "MCAWBCConfig", "MCAWBCTrainer"),
     ilql=Algorithm("ilql", "ILQLConfig", "ILQLTrainer", trains_values=True),
     return_conditioned=Algorithm(
         "return_conditioned", "ReturnConditionedConfig", "ReturnConditionedTrainer", value_model="learns"

@@ -26,6 +26,7 @@ SOURCES = {
     "wordle": ("data_prep.wordle", "WordleLogs"),
     "deal-or-no-deal": ("data_prep.deal_or_no_deal", "DealOrNoDeal"),
     "pref-gold": ("data_prep.pref_gold", "PrefGoldPairs"),
+    "support": ("data_prep.support", "SupportLogs"),
     "scored": ("data_prep.scored", "Scored"),
     "hh-rlhf": ("data_prep.hh_rlhf", "HhRlhf"),
     "alpaca-eval": ("data_prep.alpaca_eval", "AlpacaEval"),

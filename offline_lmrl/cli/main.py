@@ -38,7 +38,7 @@ COMMANDS = {
     "train": Entry("train:train", f"train one algorithm on logs or by play: {', '.join(ALGORITHMS)}"),
     "evaluate": Entry("evaluate:evaluate", "measure a run or a scorer: play, logs, scorer"),
     "generate": Entry("play:generate", "reply to prompts with a trained run; --chat for a dialogue", ("run",)),
-    "export": Entry("play:export", "write a run as a plain checkpoint that inference engines can serve", ("run",)),
+    "export": Entry("export:export", "write a run in a form that other engines play, after playing both", ("run",)),
     "compare": Entry("train:compare", "train and evaluate methods over several seeds; write a report"),
     "report": Entry("train:report", "draw the runs of one or several folders in one report", ("folders",)),
     "relabel": Entry("score:relabel", "score logs with a reward model, rules, or a mix of scorers", ("data",)),

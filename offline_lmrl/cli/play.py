@@ -1,9 +1,8 @@
-"""Commands that let a run (the folder with a trained model that `train` wrote) reply: generate, export."""
+"""The command `generate`, which lets a run (the folder with a trained model that `train` wrote) reply."""
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from offline_lmrl.cli.output import check_output
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.messages import DIALOGUES, read_request
-from offline_lmrl.logs.record import Record
+from offline_lmrl.logs.prompts import read_prompts
 from offline_lmrl.logs.terminal import progress_bar, visible
-from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, parse_json, shown, to_record
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, shown, to_record
 from offline_lmrl.settings import REQUIRED, setting
 
 if TYPE_CHECKING:
@@ -58,8 +56,12 @@ class GenerateConfig(OpenedRun):
     )
     output: str = setting(
         "-",
-        "File, or - for stdout: JSON Lines with the messages and the reply's token ids and log-probabilities. If a "
-        "scorer chose the reply, its labels hold the score, the number of replies compared, and whether it abstained.",
+        "File, or - for stdout. A file holds JSON Lines with the messages and the reply's token ids and "
+        "log-probabilities. If a scorer chose the reply, its labels hold the score, the number of replies compared, "
+        "and whether it abstained.",
+    )
+    json: bool | None = setting(
+        None, "Print the JSON Lines on stdout too (true), or only text (false); null = text if stdout is a terminal."
     )
     chat: bool = setting(False, "Talk with the run turn by turn on stdin and stdout, until the input ends.")
     n: int = setting(1, "Number of replies to each prompt.")
@@ -90,6 +92,8 @@ class GenerateConfig(OpenedRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.json is False and self.output != "-":
+            raise InputError(f"json: found false with the output {self.output}, expected none: a file is JSON Lines")
         if self.best_of < 1:
             raise InputError(f"best_of: found {self.best_of}, expected at least 1")
         limited = self.threshold is not None or self.coverage is not None
@@ -136,73 +140,18 @@ def generate(config: GenerateConfig) -> None:
         _chat(player, config.seed)
         return
     replies = list(_replies(player, policy.renderer.fingerprint, histories, config))
-    rows = [json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in replies]
-    if config.output == "-":
-        sys.stdout.writelines(map(visible, rows))  # escapes terminal control characters; the JSON keeps its meaning
+    as_text = config.output == "-" and (sys.stdout.isatty() if config.json is None else not config.json)
+    if as_text:
+        print(visible("\n\n".join(_texts(replies))))
     else:
-        write_text(config.output, "".join(rows))
+        rows = [json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in replies]
+        if config.output == "-":
+            sys.stdout.writelines(map(visible, rows))  # escapes terminal control characters; the JSON stays the same
+        else:
+            write_text(config.output, "".join(rows))
     if config.threshold is not None or config.coverage is not None:
         answered = sum(not row.labels["abstained"] for row in replies)
         print(f"answered {answered} of {len(replies)}", file=sys.stderr)
-
-
-def export(run: str, output: Path, decoding: Mapping[str, Any], device: str | None = None) -> None:
-    """Write a run as a plain checkpoint of its base model, which inference engines can serve, with a README.md.
-
-    A checkpoint that would play differently from the run is not written. Value guidance can be added exactly to the
-    checkpoint's weights with q_reduce mean or first and without support, candidates, clip, top_k, top_p and min_p; a
-    policy without guidance can always be exported.
-
-    Args:
-      run: a run directory.
-      output: a folder that does not exist yet.
-      decoding: DecodingConfig fields, over those saved with the run.
-      device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
-    Raises: InputError if the checkpoint cannot be exact, or for a setting of requests and replies.
-    """
-    from offline_lmrl.export.plain import export_run
-    from offline_lmrl.logs.files import sweep
-
-    for name in {"ask", "max_new_tokens", "stop"} & set(decoding):
-        raise InputError(f"{name}: found {shown(decoding[name])}, expected none: a checkpoint does not hold it")
-    if output.parent.is_dir():
-        sweep(output.parent, output.name)  # first, so that leftovers of a killed export go even if this one is refused
-    print(export_run(run, output, device=device, **decoding))
-    print(output)
-
-
-def read_prompts(source: str) -> list[list[Turn]]:
-    """Read the dialogues to reply to, one per line that is not blank.
-
-    A line is a user turn as plain text, or a JSON object with the field `prompt` (text, or a list of messages) or
-    `messages` (or another name that logs use for it, such as `conversations`).
-
-    Args:
-      source: path of the file; "-" = stdin.
-    Returns: the turns of each dialogue.
-    Raises: InputError "source:line: field: ..." if a line cannot be read or there is no prompt.
-    """
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: text: found bytes that are not UTF-8, expected UTF-8") from error
-    name = "stdin" if source == "-" else source
-    lines = enumerate(text.split("\n"), 1)
-    histories = [_prompt(line.strip(), f"{name}:{number}") for number, line in lines if line.strip()]
-    if not histories:
-        raise InputError(f"{name}: found no prompt, expected one per line")
-    return histories
-
-
-def _prompt(line: str, where: str) -> list[Turn]:
-    if not line.startswith("{"):
-        return [Turn("user", line)]
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise InputError(f"{where}: JSON: found a line that does not parse: {error}") from error
-    field = next((name for name in DIALOGUES if name in row), "prompt")
-    return read_request(Record(row, where, Counter()), field)
 
 
 def _replies(
@@ -235,6 +184,15 @@ def _answered(tokenizer: str, history: Sequence[Turn], reply: "Reply", seed: int
     turn = Turn("assistant", reply.text, trainable, token_ids=reply.token_ids, behaviour_log_prob=reply.log_prob)
     labels = {"seed": seed, "tokenizer": tokenizer, "policy_log_prob": [list(reply.policy_log_prob or ())]}
     return Trajectory((*as_context(history), turn), terminated=reply.closed, labels=labels | reply.labels)
+
+
+def _texts(replies: Sequence[Trajectory]) -> list[str]:
+    """Return what a person reads of the replies; several replies come each after the turn that they answer."""
+    texts = [reply.turns[-1].content for reply in replies]
+    if len(replies) == 1:
+        return texts
+    asked = [reply.turns[-2].content if len(reply.turns) > 1 else "" for reply in replies]
+    return [f"> {turn}\n{text}" for turn, text in zip(asked, texts, strict=True)]
 
 
 def _chat(policy: "Policy", seed: int) -> None:

@@ -13,24 +13,31 @@ The example prompt is a short prompt of one user turn (EXAMPLE), in the format o
 the model card and used in the comparison. For a return-conditioned run it requests the highest return.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import TERMS, Form
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.logs.io import atomic_output
-from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.adapters import saved_run_metadata
+from offline_lmrl.export.beside import Row
+from offline_lmrl.export.folder import EXAMPLE, prompt_section, set_generation, tokenizer_of
+from offline_lmrl.export.forms import Request, Written, samples_alike
+from offline_lmrl.export.playing import GeneratePlayer
+from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.step_outputs import compute_step_outputs
 from offline_lmrl.tokens.batching import token_rows
@@ -41,17 +48,14 @@ TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ betw
 DRAWN = (4, 16)  # number and length in tokens of the random texts on which checkpoint and run are compared
 REPLY = 24  # largest number of tokens of the run's reply to the example prompt, on which they are compared too
 UNLIMITED = 2**31  # max_length of a window that drops no turn
-EXAMPLE = (Turn("user", "How are you?"),)
 
 
 @dataclass(frozen=True)
-class Export:
-    """The description of a written checkpoint; `str` formats it.
+class PlainWritten(Written):
+    """What is known of a written checkpoint.
 
     Returns are divided into ranges, called bins; a return is requested by the special token of its bin.
 
-    folder: the checkpoint's folder.
-    decoding: the decoding settings that the checkpoint reproduces.
     difference: largest absolute difference between a token's log-probability under the checkpoint and under the run,
       in nats.
     states: number of prefixes (states) at which all log-probabilities were compared.
@@ -60,30 +64,32 @@ class Export:
     readable: True if the exported tokenizer encodes the text of the example prompt to the same ids as in training.
     """
 
-    folder: Path
-    decoding: DecodingConfig
-    difference: float
-    states: int
-    returns: Sequence[str]
-    readable: bool
+    difference: float = 0.0
+    states: int = 0
+    returns: Sequence[str] = ()
+    readable: bool = True
 
-    def __str__(self) -> str:
-        decoding, line = self.decoding, "plays: the policy without value guidance"
-        if decoding.beta != 0:
-            line = f"plays: log π + {decoding.beta:g} · Q, {decoding.q_reduce} of the Q heads, folded into the LM head"
-        if self.returns:
-            line += f"; {self.returns[1]} to {self.returns[-1]} request a return, {self.returns[0]} requests none"
-        lines = [
-            line,
-            f"exact: the largest difference of a log-probability from the run's is {self.difference:.1g} nats, "
-            f"measured after {self.states} prefixes of random tokens and of the run's own text",
-        ]
-        if decoding.stop:
-            texts = " or ".join(map(repr, decoding.stop))
-            lines.append(f"the run also ends a reply before {texts}: set these stop texts in the engine")
-        if not self.readable:
-            lines.append("the tokenizer reads the example prompt differently from training: send token ids, not text")
-        return "\n".join(lines)
+
+def _lines(
+    decoding: DecodingConfig, difference: float, states: int, returns: Sequence[str], readable: bool
+) -> list[str]:
+    """Return what the checkpoint plays and how exact it is; arguments as for `PlainWritten`."""
+    line = "plays: the policy without value guidance"
+    if decoding.beta != 0:
+        line = f"plays: log π + {decoding.beta:g} · Q, {decoding.q_reduce} of the Q heads, folded into the LM head"
+    if returns:
+        line += f"; {returns[1]} to {returns[-1]} request a return, {returns[0]} requests none"
+    lines = [
+        line,
+        f"exact: the largest difference of a log-probability from the run's is {difference:.1g} nats, "
+        f"measured after {states} prefixes of random tokens and of the run's own text",
+    ]
+    if decoding.stop:
+        texts = " or ".join(map(repr, decoding.stop))
+        lines.append(f"the run also ends a reply before {texts}: set these stop texts in the engine")
+    if not readable:
+        lines.append("the tokenizer reads the example prompt differently from training: send token ids, not text")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -99,58 +105,65 @@ class _Sample:
     log_prob: Tensor
 
 
-def export_run(
-    run: str | Path, output: str | Path, *, device: str | torch.device | None = None, **changes: Any
-) -> Export:
-    """Write a transformers checkpoint that generates as the run does, for engines that know nothing of this project.
+@dataclass(frozen=True)
+class Plain:
+    """Weights of the base architecture, which generate exactly as the run does (`ExportForm`)."""
 
-    Args:
-      run: a run directory.
-      output: folder to write, which must not exist yet.
-      device: device for the models; None = the first accelerator, else the CPU.
-      changes: DecodingConfig fields that replace those saved with the run.
-    Raises: InputError if `run` is not a run of a policy, `output` exists, or a plain checkpoint cannot generate
-      exactly as the run does; nothing is written then.
-    """
-    output = Path(output)
-    if output.exists():
-        raise InputError(f"output: found {output}, which exists already, expected a new folder")
-    saved = saved_run_metadata(run)
-    decoding = DecodingConfig.from_dict({**(saved.get("decoding") or {}), **changes})
-    _check_exportable(run, saved, decoding, changes.get("ask"))
-    # The engine's user requests a return. Here an ask by name might need a task or another run, so it is removed.
-    policy = LanguagePolicy.load(run, device=device, **{**changes, "ask": None})
-    policy.model.eval()
-    tokenizer = copy.deepcopy(policy.renderer.tokenizer)
-    if policy.renderer.template == "plain":
-        tokenizer.chat_template = None  # the run was not trained with it
-    embedding = policy.model.return_embedding
-    table = None if embedding is None else embedding.rows()
-    ids = [] if table is None else _add_tokens(tokenizer, len(table))
-    rows = policy.model.get_input_embeddings().weight.shape[0]
-    samples = _samples(policy, saved, ids)
-    model = _plain_model(policy.model, decoding)
-    _set_generation(model, decoding, policy.renderer.close_id)
-    if table is not None:
-        spell_returns(model, table, ids)
-    with atomic_output(output) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        difference = _difference(temporary, policy, samples, rows, ids)
+    def check(self, request: Request) -> None:
+        """Check, from the run's settings only, that a plain checkpoint can generate exactly as the run does."""
+        _check_exportable(request.saved, request.decoding, request.changes.get("ask"))
+
+    def greedy(self, decoding: DecodingConfig) -> DecodingConfig:
+        """Return settings for the greedy reply of an engine, which divides folded guidance by no temperature."""
+        return replace(decoding, temperature=0.0, beta=decoding.beta * (decoding.temperature or 1.0))
+
+    def write(self, policy: LanguagePolicy, request: Request, folder: Path) -> PlainWritten:
+        """Write the checkpoint, load it again and compare its log-probabilities with the run's.
+
+        Raises: InputError if they differ, or the model cannot be written as plain weights.
+        """
+        saved, decoding = request.saved, request.decoding
+        tokenizer = tokenizer_of(policy.renderer)
+        embedding = policy.model.return_embedding
+        table = None if embedding is None else embedding.rows()
+        ids = [] if table is None else _add_tokens(tokenizer, len(table))
+        rows = policy.model.get_input_embeddings().weight.shape[0]
+        samples = _samples(policy, saved, ids)
+        model = _plain_model(policy.model, decoding)
+        set_generation(model, policy.renderer.close_id, _drawing(decoding))
+        if table is not None:
+            spell_returns(model, table, ids)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        difference = _difference(folder, policy, samples, rows, ids)
         example, readable = _example(policy, saved, tokenizer, ids)
         states = sum(len(sample.log_prob) for sample in samples)
-        report = Export(output, decoding, difference, states, tokenizer.convert_ids_to_tokens(ids), readable)
-        (temporary / "README.md").write_text(_card(policy, saved, report, example), encoding="utf-8")
-    return report
+        returns = tokenizer.convert_ids_to_tokens(ids)
+        lines = _lines(decoding, difference, states, returns, readable)
+        card = _card(policy, saved, decoding, returns, lines, example)
+        return PlainWritten(lines, card, (), (), difference, states, returns, readable)
+
+    @contextmanager
+    def player(self, policy: LanguagePolicy, request: Request, folder: Path) -> Iterator[GeneratePlayer]:
+        """Load the checkpoint and play it; the run's ids that request a return become its special tokens."""
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        spelt: dict[int, int] = {}
+        if policy.return_tokens is not None and policy.return_tokens.null:  # reserved ids, not text
+            reserved = [policy.return_tokens.null[0], *(ids[0] for ids in policy.return_tokens.bins)]
+            names = _names(len(reserved))
+            tokens = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(names)
+            spelt = dict(zip(reserved, tokens, strict=True))
+        model = model.to(find_device(request.device)).eval()
+        yield GeneratePlayer(model, lambda ids: [spelt.get(token, token) for token in ids])
+
+    def bounded(self, row: Row) -> Row:
+        return samples_alike(row)
 
 
-def _check_exportable(
-    run: str | Path, saved: Mapping[str, Any], decoding: DecodingConfig, ask: float | str | None
-) -> None:
+def _check_exportable(saved: Mapping[str, Any], decoding: DecodingConfig, ask: float | str | None) -> None:
     """Check, from the run's settings only, that a plain checkpoint can generate exactly as the run does.
 
     Args:
-      run: the run, for error messages.
       saved: the run metadata: the settings saved with the model.
       decoding: the decoding settings to reproduce.
       ask: the requested return that the caller of `export_run` gave, a number or a name; None = the caller gave no
@@ -159,10 +172,6 @@ def _check_exportable(
     """
     if ask is not None and "returns" not in saved:
         raise InputError(f"ask: found {shown(ask)}, expected none: this model was not trained with returns")
-    algorithm = saved.get("algorithm")
-    if algorithm in (None, "reward_model"):
-        found = "a model that no run of this project wrote" if algorithm is None else "a reward model"
-        raise InputError(f"run: found {found} in {run}, expected the run of a policy")
     if decoding.condition_scale != 0:
         raise InputError(
             f"condition_scale: found {decoding.condition_scale:g}, expected 0: guidance by returns reads each prompt "
@@ -248,6 +257,10 @@ def _plain_model(model: PreTrainedModel, decoding: DecodingConfig) -> PreTrained
     return model
 
 
+def _names(count: int) -> list[str]:
+    return ["<return_none>", *(f"<return_{b}>" for b in range(1, count))]
+
+
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     """Add special tokens that request a return to a tokenizer, in place.
 
@@ -256,43 +269,28 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     Returns: the ids of the new tokens, in this order.
     Raises: InputError if the tokenizer already has a token of one of these names.
     """
-    names = ["<return_none>", *(f"<return_{b}>" for b in range(1, count))]
+    names = _names(count)
     if known := set(names) & set(tokenizer.get_vocab()):
         raise InputError(f"tokenizer: found the token {min(known)}, expected no tokens with the names of returns")
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(names)
 
 
-def _set_generation(model: PreTrainedModel, decoding: DecodingConfig, close_id: int) -> None:
-    """Replace the model's generation config, so that engines end the agent's turn and sample as the run does.
+def _drawing(decoding: DecodingConfig) -> dict[str, Any]:
+    """Return the settings of generation_config.json by which an engine samples as the run does.
 
-    Of the base model's settings only the special token ids are kept: a repetition penalty, for example, is not part of
-    the run's policy. The filter `support` becomes min-p. `support` is defined at temperature 1, and min-p at the
-    sampling temperature T, so min_p = support^(1/T); if the run also has min_p, the larger of the two is used.
-
-    Args:
-      model: changed in place.
-      decoding: the decoding settings to reproduce.
-      close_id: id of the token that ends an agent turn.
+    The filter `support` becomes min-p. `support` is defined at temperature 1, and min-p at the sampling temperature T,
+    so min_p = support^(1/T); if the run also has min_p, the larger of the two is used.
     """
-    base = model.generation_config
-    ends = {close_id, *(base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id])} - {None}
-    drawing = {}
-    if decoding.temperature > 0:
-        min_p = max(decoding.min_p or 0.0, decoding.support ** (1 / decoding.temperature))
-        drawing = {
-            "temperature": decoding.temperature,
-            "top_k": decoding.top_k or 0,
-            "top_p": decoding.top_p or 1.0,
-            "min_p": min_p or None,
-        }
-    model.generation_config = GenerationConfig(
-        bos_token_id=base.bos_token_id,
-        pad_token_id=base.pad_token_id,
-        eos_token_id=sorted(ends) if len(ends) > 1 else close_id,
-        do_sample=decoding.temperature > 0,
-        **drawing,
-    )
+    if decoding.temperature == 0:
+        return {}
+    min_p = max(decoding.min_p or 0.0, decoding.support ** (1 / decoding.temperature))
+    return {
+        "temperature": decoding.temperature,
+        "top_k": decoding.top_k or 0,
+        "top_p": decoding.top_p or 1.0,
+        "min_p": min_p or None,
+    }
 
 
 @torch.inference_mode()
@@ -413,37 +411,33 @@ def _example(
     return text, tokenizer(text, add_special_tokens=False)["input_ids"] == expected
 
 
-def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, example: str) -> str:
-    window = policy.window
-    turns = "all" if window.context is None else f"at most {window.context}"
-    stock = policy.renderer.check.difference(EXAMPLE)
-    shown = "" if saved.get("few_shot") is None else "; few-shot demonstrations of the task come first"
-    lines = [
+def _card(
+    policy: LanguagePolicy,
+    saved: Mapping[str, Any],
+    decoding: DecodingConfig,
+    returns: Sequence[str],
+    report: Sequence[str],
+    example: str,
+) -> list[str]:
+    return [
         f"# {policy.model.config.model_type}, trained by offline RL from logs",
         "",
         f"A run of offline_lmrl (algorithm {saved['algorithm']}) as a plain checkpoint: transformers and other "
         "engines load it in the same way as its base model.",
         "",
-        *(f"- {line}" for line in str(report).splitlines()),
+        *(f"- {line}" for line in report),
         "",
-        "## Prompts",
-        "",
-        f"As in training: turns before the agent's own: {turns}; tokens, reply included: {window.max_length}{shown}. "
-        "Example of a prompt:",
-        "",
-        *(f"    {line}" for line in example.splitlines()),
-        "",
-        f"The reply ends with {policy.renderer.tokenizer.convert_ids_to_tokens(policy.renderer.close_id)!r}.",
-        *([] if stock is None else ["", f"The stock chat template prints different text: {stock}."]),
-        *_returns_card(policy, saved.get("returns"), report),
+        *prompt_section(policy, saved, example),
+        *_returns_card(policy, saved.get("returns"), decoding.ask, returns),
     ]
-    return "\n".join(lines) + "\n"
 
 
-def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, report: Export) -> list[str]:
+def _returns_card(
+    policy: LanguagePolicy, block: Mapping[str, Any] | None, ask: float | str | None, tokens: Sequence[str]
+) -> list[str]:
     if block is None:
         return []
-    return_tokens, ask, tokens = policy.return_tokens, report.decoding.ask, report.returns
+    return_tokens = policy.return_tokens
     texts = tokens[1:] or list(map(repr, texts_of(block)))
     none = f"`{tokens[0]}`" if tokens else "nothing"
     lines = [

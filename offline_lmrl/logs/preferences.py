@@ -1,4 +1,4 @@
-"""Convert comparisons to scored trajectories and to the rows of other trainers, and trajectories back to comparisons.
+"""Convert comparisons to scored trajectories, and trajectories back to comparisons.
 
 `to_trajectories` makes one scored trajectory of every option (reply); no other code turns preference into reward. A
 preference compares two replies to one prompt and contains no information about the prompt. By default, the mean reward
@@ -6,7 +6,6 @@ of each group (all rows about one prompt or conversation) is therefore subtracte
 mark of easy prompts, and a return-conditioned model would learn this. (In ILQL, V absorbs the difficulty of a prompt.)
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from offline_lmrl.errors import require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import group_key
 from offline_lmrl.logs.protocols import Scorer, optional
-from offline_lmrl.logs.trajectory import Trajectory, Turn, finite, message_of, shown
+from offline_lmrl.logs.trajectory import Trajectory, Turn, finite, shown
 
 RewardKind = Literal["sign", "prob", "strength", "rank", "bt", "rating"]
 Normalise = Literal["none", "global", "group", "rank"]
@@ -245,73 +244,6 @@ def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str =
                 )
 
 
-def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield rows `prompt, chosen, rejected` of messages for TRL's DPO and reward trainers, one per pair of options.
-
-    Args:
-      counts: incremented for each dropped pair. A pair is dropped if it is a tie, or if a reply contains turns that
-        are not the agent's, since TRL would train on them.
-    """
-    counts = Counter() if counts is None else counts
-    for row in comparisons:
-        prompt = _messages(row.context)
-        for i, j in combinations(range(len(row.options)), 2):
-            preference = row.preference(i, j)
-            if preference == 0.5:
-                counts["dropped: tie"] += 1
-            elif not all(turn.is_trainable for k in (i, j) for turn in row.options[k]):
-                counts["dropped: turns of others inside a reply"] += 1
-            else:
-                chosen, rejected = (i, j) if preference > 0.5 else (j, i)
-                yield {
-                    "prompt": prompt,
-                    "chosen": _messages(row.options[chosen]),
-                    "rejected": _messages(row.options[rejected]),
-                    **_tools(row.context),
-                }
-
-
-def label_rows(
-    trajectories: Iterable[Trajectory], threshold: float = 0.0, counts: Counter[str] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yield rows `prompt, completion, label` of messages for TRL's KTO trainer.
-
-    Args:
-      threshold: the label is True if the return is above it and False if it is below.
-      counts: incremented for each dropped trajectory. A trajectory is dropped if its return equals the threshold, or
-        if its completion contains turns that are not the agent's, since TRL would train on them.
-    """
-    counts = Counter() if counts is None else counts
-    for row in trajectories:
-        start = next(i for i, turn in enumerate(row.turns) if turn.is_trainable)
-        if row.total_return == threshold:
-            counts["dropped: return equal to the threshold"] += 1
-        elif not all(turn.is_trainable for turn in row.turns[start:]):
-            counts["dropped: turns of others inside a completion"] += 1
-        else:
-            yield {
-                "prompt": _messages(row.turns[:start]),
-                "completion": _messages(row.turns[start:]),
-                "label": row.total_return > threshold,
-                **_tools(row.turns),
-            }
-
-
-def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> Iterator[dict[str, Any]]:
-    """Yield rows `prompt, completion` of messages for TRL's SFT trainer, one per agent turn.
-
-    No row is made of an agent turn that has neither text nor tool calls.
-
-    Args:
-      minimum: the smallest return of a trajectory that is used.
-    """
-    for row in trajectories:
-        if row.total_return >= minimum:
-            for i, turn in enumerate(row.turns):
-                if turn.is_trainable and (turn.content or turn.tool_calls):
-                    yield {"prompt": _messages(row.turns[:i]), "completion": _messages([turn]), **_tools(row.turns)}
-
-
 def _known(rows: Sequence[Comparison], known: Sequence[bool], reason: str, counts: Counter[str]) -> list[Comparison]:
     """Return the rows for which `known` is True, and count the others under `reason`."""
     if not all(known):
@@ -396,18 +328,3 @@ def _trajectory(row: Comparison, i: int, reward: float, reward_at: str, how: Map
         labels["option"] = row.labels["options"][i]
     labels["preference"] = {"option": i, "target": row.target[i], "weight": row.weight, **how}
     return Trajectory((*row.context, *option), group=group_key(row), source=row.source, labels=labels)
-
-
-def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return turns as messages for chat templates; turns of role "environment" get the role "user"."""
-    return [
-        message_of(turn) | ({"role": "user"} if turn.role == "environment" else {})
-        for turn in turns
-        if turn.content or turn.tools is None
-    ]
-
-
-def _tools(turns: Sequence[Turn]) -> dict[str, Any]:
-    """Return {"tools": list of schemas} for a row with these turns; {} if no turn has tools."""
-    tools = next((turn.tools for turn in turns if turn.tools is not None), None)
-    return {} if tools is None else {"tools": json.loads(tools)}

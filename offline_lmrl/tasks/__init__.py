@@ -25,6 +25,7 @@ ENVIRONMENTS = {
     "hidden_rule": "offline_lmrl.tasks.hidden_rule:HiddenRule",
     "walk": "offline_lmrl.tasks.walk:Walk",
     "pref_gold": "offline_lmrl.tasks.pref_gold:PrefGold",
+    "support": "offline_lmrl.tasks.support:Support",
     "negotiation": "offline_lmrl.tasks.negotiation:Negotiation",
     "prompts": "offline_lmrl.environments.prompts:PromptEnvironment",
 }

@@ -22,7 +22,6 @@ from offline_lmrl.cli import main
 from offline_lmrl.cli.data import SOURCES, prepare_from_settings
 from offline_lmrl.cli.main import COMMANDS
 from offline_lmrl.cli.parser import Command, ready
-from offline_lmrl.cli.play import read_prompts
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import MethodConfig
 from offline_lmrl.decoding.config import PlannerConfig
@@ -30,6 +29,8 @@ from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.prompts import read_prompts
+from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.run import DataConfig, ModelConfig
 from offline_lmrl.settings import REQUIRED, Parameter, all_settings, nearest, parameters_of, setting
@@ -501,6 +502,23 @@ def test_generated_replies_are_records_that_can_be_read_again(command, trained, 
     file.write_text("left or right?\n")
     _, out, _ = command("generate", trained / "run", "--prompts", file, "--beta", 2, "--max_new_tokens", 3)
     assert json.loads(out)["messages"][1]["token_ids"] == list(replies[0].turns[1].token_ids)
+
+
+def test_generate_prints_text_on_a_terminal_and_json_in_a_pipe(command, trained, tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_text("left or right?\n")
+    (tmp_path / "two.txt").write_text("left or right?\nup?\n")
+
+    def printed(prompts, *more):
+        settings = ("--temperature", 0, "--beta", 2, "--max_new_tokens", 3, *more)
+        code, out, _ = command("generate", trained / "run", "--prompts", tmp_path / prompts, *settings)
+        return out if code == 0 else None
+
+    rows = [json.loads(line)["messages"][-1]["content"] for line in printed("two.txt").splitlines()]
+    assert printed("two.txt", "--json", "false") == visible(f"> left or right?\n{rows[0]}\n\n> up?\n{rows[1]}\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert printed("one.txt") == visible(f"{rows[0]}\n")
+    assert json.loads(printed("one.txt", "--json"))["messages"][-1]["content"] == rows[0]
+    assert printed("one.txt", "--json", "false", "--output", tmp_path / "x.jsonl") is None
 
 
 def test_chat_answers_turn_by_turn_until_the_input_ends(command, trained, monkeypatch):

@@ -7,7 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.export.plain import export_run
+from offline_lmrl.export.prompts import HeldOut
+from offline_lmrl.export.run import export_run
+from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.guided import as_guided
 from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
@@ -36,6 +38,7 @@ SMALL = {
 SIZES = {name: value for value, names in SMALL.items() for name in names.split()}
 SCALES = {"logit_scale": 0.3, "logits_scaling": 3.0, "lm_head_multiplier": 0.5}
 BETA = 4.0
+PROMPTS = HeldOut([[Turn("user", "you are at 1 2 3")], [Turn("user", "left")]])
 
 
 def shrunk(values):
@@ -90,7 +93,7 @@ def test_every_family_is_exported_exactly_or_refused(tmp_path):
         if model is None:
             continue
         try:
-            export_run(run, tmp_path / family / "plain", device="cpu")
+            export_run(run, tmp_path / family / "plain", held_out=PROMPTS, device="cpu", max_new_tokens=4)
             plain = AutoModelForCausalLM.from_pretrained(tmp_path / family / "plain").eval()
             AutoTokenizer.from_pretrained(tmp_path / family / "plain")
             with torch.no_grad():

@@ -14,7 +14,8 @@ from offline_lmrl.cli import main
 from offline_lmrl.decoding.distribution import Form, filter_policy
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
-from offline_lmrl.export.plain import export_run
+from offline_lmrl.export.prompts import HeldOut
+from offline_lmrl.export.run import export_run as export_any_run
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
 from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, remove_heads
@@ -48,7 +49,12 @@ LOGS = [
     for r, text in enumerate(["go", "left", "right", "move", "up"])
 ]
 HISTORY = [Turn("user", "you are at 1, 2")]
+PROMPTS = [HISTORY, [Turn("user", "left")], [Turn("user", "at"), Turn("assistant", "go"), Turn("user", "up")]]
 EXACT = {"beta": 1.5, "q_reduce": "mean", "support": 0.0, "candidates": None, "clip": None}
+
+
+def export_run(run, output, **settings):
+    return export_any_run(run, output, held_out=HeldOut(PROMPTS), **{"max_new_tokens": 6} | settings)
 
 
 def shaken(model):
@@ -141,7 +147,7 @@ def test_a_run_with_values_becomes_one_matrix(tmp_path, family, kind):
     report = export_run(run, tmp_path / "plain")
     model, _ = plain(tmp_path / "plain")
     assert_close(next_log_prob(model, prompt_of()), guided(run, prompt_of(), 1.5), atol=1e-4, rtol=0)
-    assert 0 <= report.difference < 1e-4 and report.states > 64 and "\nexact: " in str(report)
+    assert 0 <= report.written.difference < 1e-4 and report.written.states > 64 and "\nexact: " in str(report)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "run"]  # nothing half written
     assert (tmp_path / "plain" / "model.safetensors").exists()
 
@@ -289,8 +295,11 @@ def test_returns_become_tokens_that_say_the_same(tmp_path):
     report = export_run(run, tmp_path / "plain")
     model, tokenizer = plain(tmp_path / "plain")
     policy, rows = LanguagePolicy.load(run), len(TOKENIZER)
-    assert report.returns == ["<return_none>", *(f"<return_{b}>" for b in range(1, 6))] and report.readable
-    for b, name in enumerate(report.returns):
+    assert (
+        report.written.returns == ["<return_none>", *(f"<return_{b}>" for b in range(1, 6))]
+        and report.written.readable
+    )
+    for b, name in enumerate(report.written.returns):
         reserved = [*prompt_of()[: -len(RENDERER.agent_opening)], rows + b, *RENDERER.agent_opening]
         text = tokenizer.decode(prompt_of()).replace("<assistant>", name + "<assistant>")
         read = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -326,7 +335,9 @@ def test_returns_per_task_are_all_there_whatever_the_run_asks_for(tmp_path):
     run = told_run(tmp_path / "run", logs=tasks, per="task", ask="max")
     report = export_run(run, tmp_path / "plain")
     policy, (model, _) = LanguagePolicy.load(run, task="short"), plain(tmp_path / "plain")
-    assert policy.return_tokens.ids(4.0, "short") == (len(TOKENIZER) + 2,) and report.returns[2] == "<return_2>"
+    assert (
+        policy.return_tokens.ids(4.0, "short") == (len(TOKENIZER) + 2,) and report.written.returns[2] == "<return_2>"
+    )
     told = [*prompt_of()[: -len(RENDERER.agent_opening)], len(TOKENIZER) + 2, *RENDERER.agent_opening]
     found = next_log_prob(model, told)[: len(TOKENIZER)].log_softmax(-1)
     assert_close(found, next_log_prob(policy.model.eval(), told), atol=1e-4, rtol=0)
@@ -343,14 +354,18 @@ def test_a_run_that_asks_a_critic_is_exported_without_it(tmp_path):
 def test_a_prompt_with_a_return_is_read_as_in_training_or_said_not_to_be(tmp_path, name):
     report = export_run(told_run(tmp_path / "run", TOKENIZERS[name]()), tmp_path / "plain")
     readable = name != "labels"  # which marks the start of what follows a special token
-    assert report.readable == readable == ("token ids, not text" not in (tmp_path / "plain" / "README.md").read_text())
+    assert (
+        report.written.readable
+        == readable
+        == ("token ids, not text" not in (tmp_path / "plain" / "README.md").read_text())
+    )
 
 
 def test_returns_as_text_leave_a_plain_base(tmp_path):
     run = told_run(tmp_path / "run", text="quality: {bin}/{bins}\n")
     report = export_run(run, tmp_path / "plain")
     model, tokenizer = plain(tmp_path / "plain")
-    assert report.returns == [] and len(tokenizer) == len(TOKENIZER) == model.config.vocab_size
+    assert report.written.returns == [] and len(tokenizer) == len(TOKENIZER) == model.config.vocab_size
     assert_close(next_log_prob(model, prompt_of()), next_log_prob(load_model(run).eval(), prompt_of()))
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "`'quality: 5/5\\n'`" in card and "quality: 5/5\n    <assistant>" in card
@@ -413,7 +428,7 @@ def test_what_takes_two_passes_is_refused(tmp_path):
         export_run(run, tmp_path / "plain", beta=2.0)
     with pytest.raises(InputError, match="^condition_scale: found 0.5, expected 0"):
         export_run(run, tmp_path / "plain", condition_scale=0.5)
-    assert len(export_run(run, tmp_path / "plain", ask="auto").returns) == 6  # the values stay behind
+    assert len(export_run(run, tmp_path / "plain", ask="auto").written.returns) == 6  # the values stay behind
     assert "The run requests: auto, which is computed by heads" in (tmp_path / "plain" / "README.md").read_text()
 
 
@@ -446,13 +461,19 @@ def test_the_command_prints_the_report_and_the_folder_or_one_line_about_what_is_
 
     assert refused(run).startswith("output: missing, expected `offline-lmrl export RUN --output OUTPUT")
     assert refused(run, "--output", output).startswith("beta: found 1.5 with q_reduce min, expected guidance that")
-    assert refused(run, "--output", output, "--stop", "[x]").startswith("stop: found ('x',), expected none")
+    assert refused(run, "--output", output, "--beta", "0").startswith("prompts: missing, as the config of ")
+    assert refused(run, "--output", output, "--to", "pt").startswith("to: found 'pt', expected ")
+    assert refused(run, "--output", output, "--n", "1").startswith("n: found 1, expected at least 2 prompts")
     assert refused(tmp_path / "none", "--output", output).startswith(f"{tmp_path / 'none'}: found no such folder")
     assert refused(run, "--output", run).startswith("output: found ")
     blocked = run / "config.json" / "plain"
     assert str(blocked) in refused(run, "--output", blocked, "--q_reduce", "mean")
-    assert main(["export", str(run), "--output", output, "--q_reduce", "mean", "--beta", "2"]) == 0
+    (tmp_path / "prompts.txt").write_text("left\nyou are at 1, 2\n")
+    words = ["--q_reduce", "mean", "--beta", "2", "--max_new_tokens", "6", "--prompts", str(tmp_path / "prompts.txt")]
+    assert main(["export", str(run), "--output", output, *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "plays: log π + 2 · Q, mean of the Q heads, folded into the LM head"
-    assert lines[1].startswith("exact: ") and lines[2:] == [output]
+    assert lines[1].startswith("exact: ") and lines[-1] == output
+    (row,) = [line for line in lines if line.startswith(" identical greedy replies")]
+    assert row.split()[3] == "1" and row.endswith(" met")
     assert_close(next_log_prob(plain(output)[0], prompt_of()), guided(run, prompt_of(), 2.0), atol=1e-4, rtol=0)

@@ -11,7 +11,8 @@ from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, 
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
-from offline_lmrl.export.plain import export_run
+from offline_lmrl.export.prompts import HeldOut
+from offline_lmrl.export.run import export_run
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
@@ -80,7 +81,7 @@ def run(tmp_path_factory):
 
 
 def test_episodes_are_the_same_before_and_after_export(run, tmp_path):
-    export_run(run, tmp_path / "plain", temperature=0.0)
+    export_run(run, tmp_path / "plain", held_out=HeldOut([[Turn("user", "go")]] * 2), temperature=0.0)
     earned = []
     for ask in (0.0, 2.0, 5.0, 8.0):
         policy = LanguagePolicy.load(run, ask=ask, temperature=0.0, max_new_tokens=LETTERS_READ)
@@ -113,10 +114,10 @@ def test_a_real_chat_model_writes_the_same_before_and_after_export(tmp_path):
     with pytest.raises(InputError, match="q_reduce min, support 0.02, .*--q_reduce mean --support 0, or"):
         export_run(tmp_path / "run", tmp_path / "plain")
     exact = {"q_reduce": "mean", "support": 0.0, "temperature": 0.0}
-    export_run(tmp_path / "run", tmp_path / "plain", **exact)
-    plain, own = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tmp_path / "plain", FOLDER))
     asked = ["How many legs has a spider?", "Write a poem about rain.", "Why is the sky blue?", "Name three fruits."]
     histories = [[Turn("user", text)] for text in asked]
+    export_run(tmp_path / "run", tmp_path / "plain", held_out=HeldOut(histories), **exact)
+    plain, own = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tmp_path / "plain", FOLDER))
     policy, changed = LanguagePolicy.load(tmp_path / "run", **exact, max_new_tokens=24), 0
     for history, reply in zip(histories, policy.start([0] * 4).reply(range(4), histories), strict=True):
         message = {"role": "user", "content": history[0].content}

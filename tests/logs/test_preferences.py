@@ -1,6 +1,5 @@
 """From preference to reward and back: values by hand, constants that undo, and rewards that stay where they are."""
 
-import json
 import math
 from collections import Counter
 
@@ -9,14 +8,11 @@ import pytest
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.io import read_trajectories, write_rows, write_trajectories
+from offline_lmrl.logs.io import read_trajectories, write_trajectories
 from offline_lmrl.logs.preferences import (
     binarised,
     fit_scores,
-    label_rows,
-    preference_rows,
     score_rows,
-    sft_rows,
     to_comparisons,
     to_trajectories,
 )
@@ -214,44 +210,6 @@ def test_returns_rank_the_replies_to_one_context_again():
     counts = Counter()
     assert to_comparisons([Trajectory((*CONTEXT, *A))], counts) == []
     assert counts == {"dropped: no other reply to the same context": 1}
-
-
-def test_rows_for_trl_are_prompts_and_messages(tmp_path):
-    user, earlier, also = ({"role": turn.role, "content": turn.content} for turn in CONTEXT)
-    a, b = ({"role": "assistant", "content": text} for text in "ab")
-    counts = Counter()
-    assert list(preference_rows([SOFT, TIE], counts)) == [
-        {"prompt": [user, earlier, also], "chosen": [b], "rejected": [a]}
-    ]
-    assert counts == {"dropped: tie": 1}
-    assert len(list(preference_rows([FOUR]))) == 5
-    scored = to_trajectories([PAIR, TIE])
-    counts = Counter()
-    assert list(label_rows(scored, counts=counts)) == [
-        {"prompt": [user, earlier, also], "completion": [a], "label": True},
-        {"prompt": [user, earlier, also], "completion": [b], "label": False},
-    ]
-    assert counts == {"dropped: return equal to the threshold": 2}
-    assert list(sft_rows(scored, minimum=1)) == [{"prompt": [user, earlier, also], "completion": [a]}]
-    write_rows(tmp_path / "sft.jsonl", sft_rows(scored))
-    assert [json.loads(line)["completion"] for line in (tmp_path / "sft.jsonl").open()] == [[a], [b], [a], [b]]
-
-
-def test_sft_rows_hold_one_agent_turn_each_and_labels_none_of_others():
-    episode = Trajectory(
-        (
-            Turn("environment", "go"),
-            Turn("assistant", "up", reward=1.0),
-            Turn("environment", "ok"),
-            Turn("assistant", "down"),
-        )
-    )
-    rows = list(sft_rows([episode]))
-    assert [[message["content"] for message in row["prompt"]] for row in rows] == [["go"], ["go", "up", "ok"]]
-    assert rows[0]["prompt"][0]["role"] == "user"
-    counts = Counter()
-    assert list(label_rows([episode], counts=counts)) == []
-    assert counts == {"dropped: turns of others inside a completion": 1}
 
 
 def test_binarising_compares_each_reply_with_itself_and_keeps_the_group():

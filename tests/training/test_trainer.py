@@ -101,7 +101,7 @@ def parameters(run):
     return torch.cat([p.detach().flatten() for p in run.model.state_dict().values() if p.is_floating_point()])
 
 
-@pytest.mark.parametrize("algorithm", ["bc", "ilql", "awr", "return_conditioned"])
+@pytest.mark.parametrize("algorithm", ["bc", "mc_awbc", "ilql", "awr", "return_conditioned"])
 def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, algorithm):
     settings = {"algorithm": algorithm}
     if algorithm == "return_conditioned":
@@ -126,7 +126,7 @@ def test_targets_stay_where_the_loss_scaler_skips_the_step(tmp_path, monkeypatch
     assert run.state.global_step == 2 and run.target_updates.count == 0
 
 
-@pytest.mark.parametrize("algorithm", ["ilql", "awr", "return_conditioned"])
+@pytest.mark.parametrize("algorithm", ["mc_awbc", "ilql", "awr", "return_conditioned"])
 def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path, algorithm):
     settings = {
         "algorithm": algorithm,
@@ -440,6 +440,7 @@ SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_r
     [
         ("ilql", 23, "random", 5),
         ("ilql", 22, "group_by_length", 3),
+        ("mc_awbc", 23, "random", 5),
         ("awr", 23, "random", 5),
         ("return_conditioned", 23, "random", 5),
     ],
