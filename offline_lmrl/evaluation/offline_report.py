@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.errors import require
+from offline_lmrl.errors import InputError, require
 from offline_lmrl.evaluation.choice_text import choice_lines
 from offline_lmrl.evaluation.choices import PLAIN, PROMPTS, Choice, ChoiceTable, Progress, measure_choices
 from offline_lmrl.evaluation.metrics import Cells, Estimate
@@ -148,6 +148,7 @@ class OfflineReport:
     agreement: result of `value_ranking`; empty without value heads.
     by_beta: result of `guidance_by_beta`; None without value heads.
     choices: what every candidate does to replies; None if none were generated.
+    no_replies: why none could be generated, such as a window without space for one; None if nothing prevented it.
     beta: the β chosen offline; None without value heads.
     """
 
@@ -161,6 +162,7 @@ class OfflineReport:
     agreement: dict[str, RankAgreement | None] = field(default_factory=dict)
     by_beta: list[dict[str, float]] | None = None
     choices: ChoiceTable | None = None
+    no_replies: str | None = None
     beta: float | None = None
 
     def __str__(self) -> str:
@@ -213,6 +215,8 @@ def evaluate_offline(
     """
     given = OfflineSettings(**settings)
     guided, candidates = policy.model.value_heads is not None, given.choices(policy)
+    for ask in {one.ask for one in candidates} - {None}:
+        policy.with_decoding(ask=ask)  # raises now if the model cannot be given this request
     betas = list(dict.fromkeys(one.beta for one in candidates)) if guided else []
     steps = measure_logs(policy, trajectories, betas, demonstrations)
     clusters = [trajectories[i].group or int(i) for i in steps.trajectory]
@@ -228,5 +232,8 @@ def evaluate_offline(
             "beta": choose_beta(by_beta, given.kl_budget),
         }
     if given.prompts:
-        values["choices"] = measure_choices(policy, trajectories, candidates, given.prompts, steps, progress)
+        try:
+            values["choices"] = measure_choices(policy, trajectories, candidates, given.prompts, steps, progress)
+        except InputError as error:
+            values["no_replies"] = str(error)
     return OfflineReport(len(trajectories), len(steps.token), dict(steps.counts), log_prob, given.kl_budget, **values)
