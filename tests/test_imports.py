@@ -30,6 +30,8 @@ def modules_after(*statements: str) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module_imports(name):
+    if name == "offline_lmrl.export.vllm_plugin":
+        pytest.importorskip("vllm")  # which alone imports this module
     importlib.import_module(name)
 
 

@@ -134,6 +134,15 @@ def test_what_few_commands_need_is_imported_only_where_it_is_used():
     assert eager == []
 
 
+def test_vllm_is_imported_by_functions_and_by_its_plugin_which_vllm_alone_imports():
+    sources, plugin = project_sources(), "offline_lmrl.export.vllm_plugin"
+    imports = [(name, *imported) for name in sources for imported in imports_of(name, sources)]
+    assert {name for name, target, top_level in imports if target.partition(".")[0] == "vllm" and top_level} == {
+        plugin
+    }
+    assert plugin not in {target for _, target, _ in imports}
+
+
 def test_the_rule_catches_each_kind_of_violation():
     assert violations({"offline_lmrl.ops.a": "from offline_lmrl.logs import b"})
     assert violations({"offline_lmrl.logs.a": "def f():\n    import offline_lmrl.training"})

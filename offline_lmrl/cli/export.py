@@ -18,8 +18,10 @@ class ExportConfig:
 
     run: str = setting(REQUIRED, "Run directory.")
     output: Path = setting(REQUIRED, "Folder to write, which must not exist yet.")
-    to: Literal["plain"] = setting(
-        "plain", "Form of the export. plain: weights of the base model, for any engine, if guidance folds into them."
+    to: Literal["plain", "vllm"] = setting(
+        "plain",
+        "Form of the export. plain: weights of the base model, for any engine, if guidance folds into them; vllm: the "
+        "run with its values, for vLLM with this package as a plugin.",
     )
     form: dict[str, Any] = setting(dict, "Settings of the form, such as --form.NAME VALUE.")
     prompts: str | None = setting(
@@ -28,7 +30,7 @@ class ExportConfig:
     )
     n: int = setting(50, "Largest number of prompts.")
     scorer: str | None = setting(None, "Scorer that rewards the replies, as in `relabel`; null = no rewards.")
-    force: bool = setting(False, "Write an export that misses a bound too.")
+    force: bool = setting(False, "Write an export that misses a bound, or that cannot be played here, too.")
     device: str | None = setting(
         None, "Device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU."
     )

@@ -3,7 +3,9 @@
 A row is one token sequence that the model continues, such as an episode. The caller names it by an integer, its key.
 """
 
+import copy
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +51,39 @@ class ReservingLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.buffers = []  # the reordered keys and values are new tensors, without spare space
+
+
+def joined_cache(parts: Sequence[tuple[DynamicCache, Tensor | None, int]], width: int, reserve: int) -> DynamicCache:
+    """Return a cache of rows of one or several caches, right-aligned, with space for `reserve` tokens more.
+
+    Args:
+      parts: caches that are kept per token; the rows that are taken from each, (R,) long, None = all; and the column
+        from which on they are taken.
+      width: number of columns, at least as many as are taken from each part; those before a part are 0.
+      reserve: number of tokens for which space is left.
+    """
+    joined = copy.copy(parts[0][0])
+    joined.layers = []
+    for layers in zip(*(cache.layers for cache, _, _ in parts), strict=True):
+        layer = ReservingLayer(reserve)
+        joined.layers.append(layer)
+        if not layers[0].is_initialized:  # a layer that uses the keys and values of another one
+            continue
+        layer.lazy_initialization(layers[0].keys, layers[0].values)
+        for name in ("keys", "values"):
+            taken = []
+            for own, (_, rows, first) in zip(layers, parts, strict=True):
+                states = getattr(own, name)[:, :, first:]
+                taken.append(states if rows is None else states.index_select(0, rows))
+            _, heads, _, size = taken[0].shape
+            buffer = taken[0].new_empty(sum(map(len, taken)), heads, width + reserve, size)
+            for place, states in zip(buffer.split([len(states) for states in taken]), taken, strict=True):
+                empty = width - states.shape[2]
+                place[:, :, :empty] = 0.0
+                place[:, :, empty:width] = states
+            layer.buffers.append(buffer)
+        layer.keys, layer.values = (buffer[:, :, :width] for buffer in layer.buffers)
+    return joined
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -104,13 +139,20 @@ class CacheMemory:
     At the next turn, a row's cache is reused for the first tokens of its prompt, as far as they equal the cached ids.
 
     Args:
-      max_bytes: limit on the size of all stored caches, in bytes. Caches that would exceed it are not stored; their
-        rows compute their whole prompt again at the next turn.
+      max_bytes: limit on the size of all stored caches, in bytes. Where a new one would exceed it, those that were
+        not used for the longest time are dropped; their rows compute their whole prompt again at the next turn.
+    Attributes:
+      rows: key -> block, the row's index in it, and the cached ids; the least recently used row comes first.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self.rows: dict[int, tuple[_Block, int, list[int]]] = {}  # key -> block, the row's index in it, cached ids
+        self.rows: dict[int, tuple[_Block, int, list[int]]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """The size of all stored caches in bytes; rows of one batch share a block, which counts once."""
+        return sum({id(block): block.bytes for block, _, _ in self.rows.values()}.values())
 
     def keep_only(self, rows: Sequence[int]) -> None:
         """Drop all rows but these: the others have usually finished, and would keep their batch's cache in memory."""
@@ -135,12 +177,28 @@ class CacheMemory:
             return 0
         ids = self.rows[row][2]
         most = min(len(ids), len(prompt) - 1)
-        return next((i for i in range(most) if ids[i] != prompt[i]), most)
+        if ids[:most] == list(prompt[:most]):
+            return most
+        return next(i for i in range(most) if ids[i] != prompt[i])
+
+    def longest(self, prompt: Sequence[int]) -> int | None:
+        """Return the key, 0 or more, of the row that holds most tokens from the start of a prompt; None = no row."""
+        held = {row: self.reusable(row, prompt) for row in self.rows if row >= 0}
+        best = max(held, key=held.get, default=None)
+        return best if best is not None and held[best] else None
+
+    def is_continued(self, row: int, prompt: Sequence[int]) -> bool:
+        """True if a prompt goes on where the row's cache ends, so that the cache of the prompt holds all of it."""
+        return self.reusable(row, prompt) == len(self.rows[row][2])
+
+    def drop(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self.rows.pop(row, None)
 
     def store_cache(
         self, rows: Sequence[int], ids: Sequence[list[int]], cache: DynamicCache, chosen: Tensor, mask: Tensor
     ) -> None:
-        """Store the caches of R rows, if max_bytes allows it.
+        """Store the caches of R rows, unless they alone exceed max_bytes.
 
         Args:
           rows: R keys under which the caches are stored.
@@ -149,19 +207,38 @@ class CacheMemory:
           chosen: (R,) long, the index of each row in that cache.
           mask: (R, L) bool, True at columns that hold a token.
         """
-        # Rows of one batch share a block, which counts once.
-        held = {id(block): block.bytes for block, _, _ in self.rows.values()}
-        share = len(rows) / cache.layers[0].keys.shape[0]
-        if sum(held.values()) + share * _bytes((layer.keys, layer.values) for layer in cache.layers) > self.max_bytes:
+        first, end = 0, mask.shape[1]
+        # If all rows of the batch are stored at once, `chosen` is the identity, and nothing has to be copied, unless
+        # most of the space that is allocated holds no token.
+        size, allocated = _bytes((layer.keys, layer.values) for layer in cache.layers), _allocated(cache)
+        whole = len(rows) == cache.layers[0].keys.shape[0] and allocated <= 2 * size
+        if not whole:
+            columns = mask.any(0).nonzero()
+            first, end = int(columns[0]), int(columns[-1]) + 1
+            size = size * len(rows) * (end - first) // (cache.layers[0].keys.shape[0] * cache.layers[0].keys.shape[2])
+        self._make_space(allocated if whole else size)
+        if (allocated if whole else size) > self.max_bytes:
             return
-        # If all rows of the batch are stored at once, `chosen` is the identity, and nothing has to be copied.
-        whole = len(rows) == cache.layers[0].keys.shape[0]
         layers = [
-            (layer.keys, layer.values) if whole else (layer.keys[chosen], layer.values[chosen])
+            (layer.keys, layer.values)
+            if whole
+            else (layer.keys[chosen, :, first:end], layer.values[chosen, :, first:end])
             for layer in cache.layers
         ]
-        block = _Block(layers, mask, _bytes(layers))
+        block = _Block(layers, mask[:, first:end], allocated if whole else size)
+        self.drop(rows)  # so that they come last in the order of use
         self.rows.update({row: (block, i, ids[i]) for i, row in enumerate(rows)})
+
+    def _make_space(self, needed: int) -> None:
+        """Drop the least recently used rows until a new block of this size, in bytes, is within the limit."""
+        shared = Counter(id(block) for block, _, _ in self.rows.values())
+        held = self.bytes
+        for row in list(self.rows):
+            if held + needed <= self.max_bytes:
+                return
+            block = self.rows.pop(row)[0]
+            shared[id(block)] -= 1
+            held -= block.bytes * (not shared[id(block)])
 
     def gather(self, rows: Sequence[int], tokens: Sequence[int], cache: DynamicCache) -> Tensor:
         """Fill an empty cache with the first tokens[i] tokens of each row, right-aligned.
@@ -178,6 +255,9 @@ class CacheMemory:
             if tokens[i]:
                 places.setdefault(id(self.rows[row][0]), []).append(i)
         copies = [self._copies(rows, tokens, places_in_block) for places_in_block in places.values()]
+        for row in rows:
+            if row in self.rows:
+                self.rows[row] = self.rows.pop(row)  # the row that is used last comes last
         for index, (keys, values) in enumerate(copies[0][0].layers):
             filled = []
             for which, like in ((0, keys), (1, values)):
@@ -216,3 +296,8 @@ class CacheMemory:
 
 def _bytes(layers: Iterable[Layer]) -> int:
     return sum(part.numel() * part.element_size() for layer in layers for part in layer)
+
+
+def _allocated(cache: DynamicCache) -> int:
+    """Return the bytes that a cache keeps in memory, with the space for tokens to come."""
+    return sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))

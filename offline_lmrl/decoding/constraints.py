@@ -20,20 +20,19 @@ class OptionIds:
 
     Args:
       renderer: encodes a reply.
-      most_tokens: limit on the tokens of a reply, closing token included.
     Attributes:
       text_of: token ids of a reply -> its text.
     """
 
-    def __init__(self, renderer: Renderer, most_tokens: int):
-        self.renderer, self.most_tokens = renderer, most_tokens
+    def __init__(self, renderer: Renderer):
+        self.renderer = renderer
         self.ids_of: dict[str, tuple[int, ...]] = {}
         self.text_of: dict[tuple[int, ...], str] = {}
 
-    def encode(self, texts: Sequence[str] | None) -> list[tuple[int, ...]] | None:
+    def encode(self, texts: Sequence[str] | None, most_tokens: int) -> list[tuple[int, ...]] | None:
         """Return the ids of each allowed text, closing token included; None = any text is allowed.
 
-        Raises: InputError if there are no texts, or if one is longer than `most_tokens`.
+        Raises: InputError if there are no texts, or if one is longer than `most_tokens`, closing token included.
         """
         if texts is None:
             return None
@@ -42,13 +41,12 @@ class OptionIds:
         for text in texts:
             if text not in self.ids_of:
                 ids = self.renderer.encode_turn(Turn("assistant", text)).actions
-                if len(ids) > self.most_tokens:
-                    raise InputError(
-                        f"max_new_tokens: found {self.most_tokens}, expected at least {len(ids)}, the tokens of the "
-                        f"option {text!r}"
-                    )
-                self.ids_of[text] = ids
-                self.text_of[ids] = text
+                self.ids_of[text], self.text_of[ids] = ids, text
+            if len(self.ids_of[text]) > most_tokens:
+                raise InputError(
+                    f"max_new_tokens: found {most_tokens}, expected at least {len(self.ids_of[text])}, the tokens of "
+                    f"the option {text!r}"
+                )
         return [self.ids_of[text] for text in texts]
 
 

@@ -177,6 +177,8 @@ class Form:
           forms: the form of each row; all of the same `kind`.
           device: the device of the tensors.
         """
+        if all(form is forms[0] for form in forms):
+            return forms[0]
         settings = {one.name: getattr(forms[0], one.name) for one in fields(Form)}
         for name, off in PER_ROW.items():
             values = [off if getattr(form, name) is None else getattr(form, name) for form in forms]

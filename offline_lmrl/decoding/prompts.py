@@ -6,23 +6,22 @@ place. Cache and outputs then have 2 · B rows; those under the null condition c
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from offline_lmrl.decoding.cache import CacheMemory, cache_argument, is_kept_per_token, new_cache
+from offline_lmrl.decoding.cache import CacheMemory, cache_argument, is_kept_per_token, joined_cache, new_cache
+from offline_lmrl.decoding.distribution import Form
 from offline_lmrl.models.adapters import part_of
 from offline_lmrl.models.value_heads import forward_with_q
 
 MOST_TOKENS = 32_768  # limit on rows × (prompt + longest reply) in one batch
 MOST_LOGITS = 2**25  # limit on rows × vocabulary in one batch
 ENOUGH_ROWS = 64  # a batch with this many rows is closed at the first prompt with less than half as much to read
-
-SomeRows = TypeVar("SomeRows", bound="Rows")
 
 
 class LastOutputs(NamedTuple):
@@ -44,23 +43,29 @@ class LastOutputs(NamedTuple):
             self.logits[rows], None if hidden is None else hidden[rows], None if q is None else q[:, rows]
         )
 
+    def followed_by(self, other: "LastOutputs") -> "LastOutputs":
+        """Return the outputs of these rows and then of others, for which the same was asked for."""
+        hidden = None if self.hidden is None else torch.cat([self.hidden, other.hidden])
+        q = None if self.q is None else torch.cat([self.q, other.q], dim=1)
+        return LastOutputs(torch.cat([self.logits, other.logits]), hidden, q)
+
 
 @dataclass
 class Rows:
     """A batch of B rows in the model's cache. All tensors are on the model's device.
 
     Args:
-      index: (B,) long, index of each row's prompt in `Prompts`.
-      length: (B,) long, number of tokens of the prompt, without padding.
-      mask: (B, width + longest reply) bool, False at padding.
+      length: (B,) long, number of tokens of each row that the model has read.
+      last: (B,) long, the last position of each row; rows that are finished but still in the batch stay there.
+      mask: (B, width + the most tokens to come) bool, False at padding.
       cache: keys and values of streams · B rows.
-      width: number of columns of the prompts, padding included.
-      padded: True if any prompt has padding in those columns.
+      width: number of columns of the cache, padding included.
+      padded: True if any row has padding.
       streams: 1 or 2.
     """
 
-    index: Tensor
     length: Tensor
+    last: Tensor
     mask: Tensor
     cache: DynamicCache
     width: int
@@ -69,13 +74,50 @@ class Rows:
 
     def in_cache(self, rows: Tensor) -> Tensor:
         """Return the cache rows (streams · R,) of R batch rows (R,): all of stream 0, then all of stream 1, if any."""
-        return torch.cat([rows + stream * len(self.index) for stream in range(self.streams)])
+        return torch.cat([rows + stream * len(self.length) for stream in range(self.streams)])
 
-    def select(self: SomeRows, rows: Tensor) -> SomeRows:
-        """Return a batch of only these rows, (R,) indices; the cache is changed in place."""
+    def select(self, rows: Tensor, reserve: int) -> "Rows":
+        """Return a batch of only these rows, (R,) indices, which has space for `reserve` tokens more.
+
+        Columns at the start that are padding in all of them are dropped, if the cache has columns.
+        """
+        if is_kept_per_token(self.cache):
+            return _joined([(self, rows)], reserve)
         self.cache.reorder_cache(self.in_cache(rows))  # recurrent layers lack batch_select_indices, but have this
-        chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **chosen)
+        tensors = self.length[rows], self.last[rows], self.mask[rows]
+        return Rows(*tensors, self.cache, self.width, self.padded, self.streams)
+
+    def joined_by(self, rows: Tensor, others: "Rows", reserve: int) -> "Rows":
+        """Return a batch of these rows, (R,) indices, and then of all rows of another batch, right-aligned.
+
+        Both are kept per token, in one stream.
+        """
+        return _joined([(self, rows), (others, None)], reserve)
+
+
+def _joined(parts: Sequence[tuple[Rows, Tensor | None]], reserve: int) -> Rows:
+    """Return a batch of the rows (R,) of each part, None = all; see `Rows.select` and `Rows.joined_by`."""
+    everything = slice(None)
+    lengths, lasts, masks, taken = [], [], [], []
+    for rows, chosen in parts:
+        own = everything if chosen is None else chosen
+        mask = rows.mask[own, : rows.width]
+        first = int(mask.any(0).int().argmax()) if rows.padded else 0  # the first column that some row needs
+        lengths.append(rows.length[own])
+        lasts.append(rows.last[own])
+        masks.append(mask[:, first:])
+        taken.append((rows.cache, None if chosen is None else rows.in_cache(chosen), first))
+    width = max(mask.shape[1] for mask in masks)
+    mask = torch.cat([torch.nn.functional.pad(mask, (width - mask.shape[1], 0), value=False) for mask in masks])
+    return Rows(
+        length=torch.cat(lengths),
+        last=torch.cat(lasts),
+        mask=torch.nn.functional.pad(mask, (0, reserve), value=True),
+        cache=joined_cache(taken, width, reserve),
+        width=width,
+        padded=not bool(mask.all()),
+        streams=parts[0][0].streams,
+    )
 
 
 class CachedModel:
@@ -86,7 +128,8 @@ class CachedModel:
     Attributes:
       null: the id of the null condition, which comes after the vocabulary and before the ids of the return bins; None
         for a model without returns.
-      most_rows: limit on the rows of a batch.
+      vocabulary: the number of tokens.
+      keeps_tokens: True if the cache has an entry per token, so that caches can be reused in part, and joined.
 
     Raises: InputError if the model takes no cache.
     """
@@ -95,7 +138,13 @@ class CachedModel:
         self.model, self.cache_argument = model, cache_argument(model)
         conditioned = part_of(model, "return_embedding") is not None
         self.null = model.get_input_embeddings().weight.shape[0] if conditioned else None
-        self.most_rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.keeps_tokens = is_kept_per_token(new_cache(model, 0))
+
+    def fits(self, rows: int, columns: int, streams: int) -> bool:
+        """True if a batch of so many rows and columns (prompt and longest reply) is within the limits."""
+        within = rows * streams <= MOST_LOGITS // self.vocabulary and rows * columns * streams <= MOST_TOKENS
+        return rows == 1 or within
 
     def forward(
         self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: DynamicCache, reads: frozenset[str]
@@ -128,24 +177,70 @@ class CachedModel:
             return LastOutputs(outputs.logits[:, -1].float(), hidden[:, -1])
         return LastOutputs(self.model(**inputs).logits[:, -1].float())
 
-    def next(self, rows: Rows, tokens: Tensor, step: int, reads: frozenset[str]) -> LastOutputs:
-        """Run the model on the token that was drawn for each row.
+    def next(self, rows: Rows, tokens: Tensor, reads: frozenset[str]) -> LastOutputs:
+        """Run the model on the token that was drawn for each row; `rows` is changed in place.
 
         Args:
           rows: the batch.
           tokens: (B,) the drawn tokens.
-          step: their index after the prompt, from 0.
           reads: as in `forward`.
         """
         # Columns count the padding of the batch; positions do not, so they start from each row's own length.
-        columns, streams = rows.width + step + 1, rows.streams
+        rows.width, streams = rows.width + 1, rows.streams
+        position = torch.minimum(rows.length, rows.last).unsqueeze(-1)
+        rows.length = rows.length + 1
         return self.forward(
             tokens.unsqueeze(-1).repeat(streams, 1),
-            rows.mask[:, :columns].repeat(streams, 1) if rows.padded else None,
-            (rows.length + step).unsqueeze(-1).repeat(streams, 1),
+            rows.mask[:, : rows.width].repeat(streams, 1) if rows.padded else None,
+            position.repeat(streams, 1),
             rows.cache,
             reads,
         )
+
+    def streams(self, form: Form, prompt: Sequence[int]) -> int:
+        """Return the number of passes that a prompt needs: 2 if a term of the form compares it with no request."""
+        if self.null is None or not any("null stream" in term.reads for term in form.terms()):
+            return 1
+        # Without a requested return both streams would be equal, so one is enough.
+        return 2 if any(token > self.null for token in prompt) else 1
+
+    def streams_of(
+        self, keys: Sequence[int], ids: Sequence[list[int]], streams: int
+    ) -> tuple[list[int], list[list[int]]]:
+        """Return the keys of caches and the ids of stream 0, followed by those of stream 1 if there is one.
+
+        In stream 1, whose keys are ~key (bitwise not), the null condition replaces the requested returns.
+        """
+        if streams == 1:
+            return list(keys), list(ids)
+        # All ids above `null` are returns, so the minimum replaces each return by the null condition.
+        return [*keys, *(~key for key in keys)], [*ids, *([min(t, self.null) for t in own] for own in ids)]
+
+    def store(
+        self,
+        memory: CacheMemory,
+        rows: Rows,
+        leaving: Sequence[int],
+        keys: Sequence[int],
+        ids: Sequence[list[int]],
+        unused: Sequence[int],
+    ) -> None:
+        """Store the caches of R rows of a batch.
+
+        Args:
+          memory: where they are stored.
+          rows: the batch.
+          leaving: indices of the R rows in it.
+          keys: the key of each.
+          ids: the ids of each that its cache holds.
+          unused: the number of columns at the end of the cache that do not belong to each.
+        """
+        device = rows.mask.device
+        chosen, unused = torch.tensor(leaving, device=device), torch.tensor(unused, device=device)
+        own = torch.arange(rows.width, device=device) < rows.width - unused.unsqueeze(-1)
+        mask = rows.mask[chosen, : rows.width] & own
+        keys, ids = self.streams_of(keys, ids, rows.streams)
+        memory.store_cache(keys, ids, rows.cache, rows.in_cache(chosen), mask.repeat(rows.streams, 1))
 
 
 @dataclass
@@ -156,9 +251,10 @@ class Prompts:
       model: the model.
       ids: token ids, with return ids if a return is requested; at least one id each.
       keys: key of each prompt in `memory`. The cache of its second stream has the key ~key (bitwise not).
-      memory: the stored caches, which must be kept per token; None = no reuse.
+      memory: the stored caches; None = no reuse. Sliding windows and recurrent states cannot be cut to the first
+        tokens of a prompt, so a model that has these reuses none.
       streams: number of passes of each prompt through the model, 1 or 2.
-      reserve: most tokens that will be added to a prompt.
+      reserve: most tokens that will be added to each prompt.
     """
 
     model: CachedModel
@@ -166,48 +262,27 @@ class Prompts:
     keys: list[int]
     memory: CacheMemory | None
     streams: int
-    reserve: int
+    reserve: list[int]
 
     def __post_init__(self) -> None:
-        # Sliding windows and recurrent states cannot be cut to the first tokens of a prompt, so they are not reused.
-        if self.memory is not None and not is_kept_per_token(new_cache(self.model.model, 0)):
-            self.memory = None
         self.cached = [0] * len(self.ids)  # per prompt, the tokens from its start that are cached for each stream
-        if self.memory is not None:
-            self.memory.keep_only([*self.keys, *(~key for key in self.keys)])
-            held = list(map(self.memory.reusable, *self._streams_of(self.keys, self.ids)))
+        if self.memory is not None and self.model.keeps_tokens:
+            held = list(map(self.memory.reusable, *self.model.streams_of(self.keys, self.ids, self.streams)))
             # `held` lists stream 0 of all prompts, then stream 1: entries i, i + n belong to prompt i.
             self.cached = [min(held[i :: len(self.ids)]) for i in range(len(self.ids))]
 
-    def _streams_of(self, keys: Sequence[int], ids: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
-        """Return the keys in `memory` and the ids of stream 0, followed by those of stream 1 if there is one.
-
-        In stream 1, the null condition replaces the requested returns.
-        """
-        if self.streams == 1:
-            return list(keys), list(ids)
-        null = self.model.null
-        # All ids above `null` are returns, so the minimum replaces each return by the null condition.
-        return [*keys, *(~key for key in keys)], [*ids, *([min(t, null) for t in own] for own in ids)]
-
-    def batches(self, reads: frozenset[str]) -> Iterator[tuple[list[int], Rows, LastOutputs]]:
-        """Yield, batch by batch, the indices of the prompts, their rows, and the outputs after each prompt."""
-        for chunk in self._chunks():
-            yield chunk, *self._read(chunk, reads)
-
-    def _chunks(self) -> Iterator[list[int]]:
+    def chunks(self) -> Iterator[list[int]]:
         """Yield the indices of the prompts in batches within MOST_TOKENS and MOST_LOGITS.
 
         Prompts are sorted by the number of their tokens that are not cached, most first, with equal prompts together.
         """
-        most_rows, most_tokens = self.model.most_rows // self.streams or 1, MOST_TOKENS // self.streams
         unread = [len(ids) - cached for ids, cached in zip(self.ids, self.cached, strict=True)]
         chunk: list[int] = []
         columns = 0
         for i in sorted(range(len(self.ids)), key=lambda i: (-unread[i], self.ids[i])):
-            own = len(self.ids[i]) + self.reserve
+            own = len(self.ids[i]) + self.reserve[i]
             columns = max(columns, own)
-            full = len(chunk) == most_rows or (len(chunk) + 1) * columns > most_tokens
+            full = not self.model.fits(len(chunk) + 1, columns, self.streams)
             if chunk and (full or len(chunk) >= ENOUGH_ROWS and 2 * unread[i] < unread[chunk[0]]):
                 yield chunk
                 chunk, columns = [], own
@@ -215,16 +290,21 @@ class Prompts:
         if chunk:
             yield chunk
 
-    def _read(self, chunk: list[int], reads: frozenset[str]) -> tuple[Rows, LastOutputs]:
-        """Run the model on the tokens of each prompt that are not cached; equal prompts are run once."""
-        device = self.model.model.device
+    def read(self, chunk: list[int], reads: frozenset[str]) -> tuple[Rows, LastOutputs]:
+        """Run the model on the tokens of these prompts that are not cached; equal prompts are run once.
+
+        Returns: the rows, and the outputs after each prompt.
+        """
+        device, reserve = self.model.model.device, max(self.reserve[i] for i in chunk)
         distinct: dict[tuple[int, ...], int] = {}
         for i in chunk:
             distinct.setdefault(tuple(self.ids[i]), i)
         first = list(distinct.values())
-        keys, prompts = self._streams_of([self.keys[i] for i in first], [self.ids[i] for i in first])
+        keys, prompts = self.model.streams_of(
+            [self.keys[i] for i in first], [self.ids[i] for i in first], self.streams
+        )
         cached = [self.cached[i] for i in first] * self.streams
-        cache = new_cache(self.model.model, self.reserve)
+        cache = new_cache(self.model.model, reserve)
         mask = torch.zeros(len(keys), 0, dtype=torch.bool, device=device)
         if any(cached):
             mask = self.memory.gather(keys, cached, cache)
@@ -245,36 +325,14 @@ class Prompts:
         all_streams = torch.cat([own + stream * len(first) for stream in range(self.streams)])
         if len(first) < len(chunk):
             cache.reorder_cache(all_streams)
+        length = position[own, -1] + 1  # rows end in the last column; `own` indexes stream 0, which comes first
         rows = Rows(
-            index=torch.tensor(chunk, device=device),
-            # Rows end in the last column, which is never padding; `own` indexes stream 0, which comes first.
-            length=position[own, -1] + 1,
-            mask=torch.nn.functional.pad(mask[own], (0, self.reserve), value=True),
+            length=length,
+            last=length + torch.tensor([self.reserve[i] - 1 for i in chunk], device=device),
+            mask=torch.nn.functional.pad(mask[own], (0, reserve), value=True),
             cache=cache,
             width=mask.shape[1],
             padded=padded,
             streams=self.streams,
         )
         return rows, outputs.select(all_streams)
-
-    def store(self, rows: Rows, leaving: Tensor, replies: Sequence[list[int]], columns: int) -> None:
-        """Store the caches of rows that leave the batch, if there is a memory.
-
-        Args:
-          rows: the batch.
-          leaving: (R,) indices of these rows in the batch.
-          replies: ids that were drawn for each of them.
-          columns: number of columns after the prompts that the cache holds.
-        """
-        if self.memory is None:
-            return
-        places = rows.index[leaving].tolist()
-        mask = rows.mask[leaving, : rows.width + columns]
-        drawn = torch.tensor([len(reply) for reply in replies], device=mask.device)
-        mask[:, rows.width :] = torch.arange(columns, device=mask.device) < drawn.unsqueeze(
-            -1
-        )  # hides what came later
-        # The model has not read the token that was drawn last, so a reply may be longer than the cache.
-        ids = [self.ids[place] + reply[:columns] for place, reply in zip(places, replies, strict=True)]
-        keys, ids = self._streams_of([self.keys[place] for place in places], ids)
-        self.memory.store_cache(keys, ids, rows.cache, rows.in_cache(leaving), mask.repeat(rows.streams, 1))

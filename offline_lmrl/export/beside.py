@@ -109,6 +109,11 @@ class Beside:
     prompts: int
     rows: Sequence[Row]
 
+    @classmethod
+    def unplayed(cls) -> "Beside":
+        """Return the comparison with an export that was not played."""
+        return cls("", 0, [])
+
     def plus(self, rows: Sequence[Row]) -> "Beside":
         """Return the comparison with further measures."""
         return replace(self, rows=[*self.rows, *rows])
@@ -119,6 +124,8 @@ class Beside:
 
     @property
     def title(self) -> str:
+        if self.prompts == 0:
+            return "The export was not played beside the run"
         return f"{self.prompts} prompts from {self.source}, replied to by run and export"
 
     def __str__(self) -> str:

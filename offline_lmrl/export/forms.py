@@ -30,6 +30,7 @@ class Request:
     decoding: the decoding settings to reproduce.
     changes: fields of DecodingConfig that the caller gave over those saved with the run.
     device: device for the models; None = the first accelerator, else the CPU.
+    force: True: an export that misses a bound, or cannot be played here, is written too.
     """
 
     run: Path
@@ -38,6 +39,7 @@ class Request:
     decoding: DecodingConfig
     changes: Mapping[str, Any] = field(default_factory=dict)
     device: Any = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class ExportForm(Protocol):
           folder: a folder to create and fill; it becomes `request.output` once the export has been played.
         """
 
-    def player(self, policy: LanguagePolicy, request: Request, folder: Path) -> AbstractContextManager[Player]:
-        """Return a context manager that loads the export and plays it.
+    def player(self, policy: LanguagePolicy, request: Request, folder: Path) -> AbstractContextManager[Player | None]:
+        """Return a context manager that loads the export and plays it; None where `force` allows that it cannot.
 
         Args:
           policy: the run; only its renderer and its ids of returns are needed.
@@ -92,6 +94,7 @@ class ExportForm(Protocol):
 
 FORMS = {
     "plain": "offline_lmrl.export.plain:Plain",
+    "vllm": "offline_lmrl.export.vllm:VLLM",
 }
 
 

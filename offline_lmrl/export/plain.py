@@ -13,7 +13,6 @@ The example prompt is a short prompt of one user turn (EXAMPLE), in the format o
 the model card and used in the comparison. For a return-conditioned run it requests the highest return.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,9 +34,9 @@ from offline_lmrl.decoding.distribution import TERMS, Form
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.export.beside import Row
+from offline_lmrl.export.folder import EXAMPLE, prompt_section, set_generation, tokenizer_of
 from offline_lmrl.export.forms import Request, Written, samples_alike
 from offline_lmrl.export.playing import GeneratePlayer
-from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.step_outputs import compute_step_outputs
@@ -50,7 +48,6 @@ TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ betw
 DRAWN = (4, 16)  # number and length in tokens of the random texts on which checkpoint and run are compared
 REPLY = 24  # largest number of tokens of the run's reply to the example prompt, on which they are compared too
 UNLIMITED = 2**31  # max_length of a window that drops no turn
-EXAMPLE = (Turn("user", "How are you?"),)
 
 
 @dataclass(frozen=True)
@@ -126,16 +123,14 @@ class Plain:
         Raises: InputError if they differ, or the model cannot be written as plain weights.
         """
         saved, decoding = request.saved, request.decoding
-        tokenizer = copy.deepcopy(policy.renderer.tokenizer)
-        if policy.renderer.template == "plain":
-            tokenizer.chat_template = None  # the run was not trained with it
+        tokenizer = tokenizer_of(policy.renderer)
         embedding = policy.model.return_embedding
         table = None if embedding is None else embedding.rows()
         ids = [] if table is None else _add_tokens(tokenizer, len(table))
         rows = policy.model.get_input_embeddings().weight.shape[0]
         samples = _samples(policy, saved, ids)
         model = _plain_model(policy.model, decoding)
-        _set_generation(model, decoding, policy.renderer.close_id)
+        set_generation(model, policy.renderer.close_id, _drawing(decoding))
         if table is not None:
             spell_returns(model, table, ids)
         model.save_pretrained(folder)
@@ -281,36 +276,21 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     return tokenizer.convert_tokens_to_ids(names)
 
 
-def _set_generation(model: PreTrainedModel, decoding: DecodingConfig, close_id: int) -> None:
-    """Replace the model's generation config, so that engines end the agent's turn and sample as the run does.
+def _drawing(decoding: DecodingConfig) -> dict[str, Any]:
+    """Return the settings of generation_config.json by which an engine samples as the run does.
 
-    Of the base model's settings only the special token ids are kept: a repetition penalty, for example, is not part of
-    the run's policy. The filter `support` becomes min-p. `support` is defined at temperature 1, and min-p at the
-    sampling temperature T, so min_p = support^(1/T); if the run also has min_p, the larger of the two is used.
-
-    Args:
-      model: changed in place.
-      decoding: the decoding settings to reproduce.
-      close_id: id of the token that ends an agent turn.
+    The filter `support` becomes min-p. `support` is defined at temperature 1, and min-p at the sampling temperature T,
+    so min_p = support^(1/T); if the run also has min_p, the larger of the two is used.
     """
-    base = model.generation_config
-    ends = {close_id, *(base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id])} - {None}
-    drawing = {}
-    if decoding.temperature > 0:
-        min_p = max(decoding.min_p or 0.0, decoding.support ** (1 / decoding.temperature))
-        drawing = {
-            "temperature": decoding.temperature,
-            "top_k": decoding.top_k or 0,
-            "top_p": decoding.top_p or 1.0,
-            "min_p": min_p or None,
-        }
-    model.generation_config = GenerationConfig(
-        bos_token_id=base.bos_token_id,
-        pad_token_id=base.pad_token_id,
-        eos_token_id=sorted(ends) if len(ends) > 1 else close_id,
-        do_sample=decoding.temperature > 0,
-        **drawing,
-    )
+    if decoding.temperature == 0:
+        return {}
+    min_p = max(decoding.min_p or 0.0, decoding.support ** (1 / decoding.temperature))
+    return {
+        "temperature": decoding.temperature,
+        "top_k": decoding.top_k or 0,
+        "top_p": decoding.top_p or 1.0,
+        "min_p": min_p or None,
+    }
 
 
 @torch.inference_mode()
@@ -439,11 +419,7 @@ def _card(
     report: Sequence[str],
     example: str,
 ) -> list[str]:
-    window = policy.window
-    turns = "all" if window.context is None else f"at most {window.context}"
-    stock = policy.renderer.check.difference(EXAMPLE)
-    shown = "" if saved.get("few_shot") is None else "; few-shot demonstrations of the task come first"
-    lines = [
+    return [
         f"# {policy.model.config.model_type}, trained by offline RL from logs",
         "",
         f"A run of offline_lmrl (algorithm {saved['algorithm']}) as a plain checkpoint: transformers and other "
@@ -451,18 +427,9 @@ def _card(
         "",
         *(f"- {line}" for line in report),
         "",
-        "## Prompts",
-        "",
-        f"As in training: turns before the agent's own: {turns}; tokens, reply included: {window.max_length}{shown}. "
-        "Example of a prompt:",
-        "",
-        *(f"    {line}" for line in example.splitlines()),
-        "",
-        f"The reply ends with {policy.renderer.tokenizer.convert_ids_to_tokens(policy.renderer.close_id)!r}.",
-        *([] if stock is None else ["", f"The stock chat template prints different text: {stock}."]),
+        *prompt_section(policy, saved, example),
         *_returns_card(policy, saved.get("returns"), decoding.ask, returns),
     ]
-    return lines
 
 
 def _returns_card(

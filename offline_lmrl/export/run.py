@@ -58,7 +58,7 @@ def export_run(
       output: folder to write, which must not exist yet.
       to: the form: a key of FORMS, or an object of one of its classes, with other settings.
       held_out: what run and export reply to; None = its defaults.
-      force: write an export that misses a bound too.
+      force: write an export that misses a bound, or that cannot be played here, too.
       device: device for the models; None = the first accelerator, else the CPU.
       changes: DecodingConfig fields that replace those saved with the run.
     Raises: InputError if `run` is not a run of a policy, `output` exists, the form cannot hold the run, there are no
@@ -70,7 +70,7 @@ def export_run(
     form = make_form(to) if isinstance(to, str) else to
     saved = saved_run_metadata(run)
     decoding = DecodingConfig.from_dict({**(saved.get("decoding") or {}), **changes})
-    request = Request(Path(run), output, saved, decoding, changes, device)
+    request = Request(Path(run), output, saved, decoding, changes, device, force)
     _require_policy(request)
     form.check(request)
     held_out = held_out or HeldOut()
@@ -88,10 +88,11 @@ def export_run(
     with atomic_output(output) as temporary:
         written = form.write(policy, request, temporary)
         with form.player(policy, request, temporary) as player:
-            of_export = play(player, ids, greedy, decoding)
+            of_export = player and play(player, ids, greedy, decoding)
         del policy  # the form may have changed it
         trial = Trial(load(), prompts, ids, greedy, decoding, held_out.scorer)
-        beside = trial.compare(of_run, of_export, form.bounded).plus(written.rows)
+        beside = trial.compare(of_run, of_export, form.bounded) if of_export else Beside.unplayed()
+        beside = beside.plus(written.rows)
         _require_bounds(beside, force)
         _write_card(temporary, written, beside, decoding)
     return Export(output, decoding, written, beside)
@@ -112,7 +113,8 @@ def _require_bounds(beside: Beside, force: bool) -> None:
 
 
 def _write_card(folder: Path, written: Written, beside: Beside, decoding: DecodingConfig) -> None:
-    warning = ["**It misses a bound, and was written by force.**", ""] if beside.missed else []
+    missed = "It was not played" if beside.prompts == 0 else "It misses a bound" if beside.missed else None
+    warning = [f"**{missed}, and was written by force.**", ""] if missed else []
     card = [*written.card, "", "## Beside the run", "", *warning, *beside.markdown()]
     (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
     numbers = {"decoding": decoding.to_dict(), "lines": list(written.lines), **beside.to_dict()}

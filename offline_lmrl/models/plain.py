@@ -141,12 +141,20 @@ def plain(model: nn.Module) -> PreTrainedModel:
 
     Returns: the model; for a PeftModel, the model inside it.
     """
-    if has_adapter(model):
-        _untie(model)
-        model = model.merge_and_unload()
-    model = remove_heads(model)
+    model = remove_heads(merged(model))
     del model.config.offline_lmrl
     return model
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """Merge the adapter, if any, of a guided model into its weights, in place; heads stay as they are.
+
+    Returns: the model; for a PeftModel, the model inside it.
+    """
+    if not has_adapter(model):
+        return model
+    _untie(model)
+    return model.merge_and_unload()
 
 
 def _untie(model: nn.Module) -> None:

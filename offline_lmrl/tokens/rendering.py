@@ -177,6 +177,11 @@ class TurnEncoder:
         kept = kept[: -len(before)] if before and kept[-len(before) :] == before else kept
         return (*self.opening(text.prompt), *kept, *self.encoder.template("x", form[-1][1]))
 
+    @property
+    def reply_frame(self) -> tuple[str, str]:
+        """The texts at the start of a reply, and before the token that closes it, which `decode` leaves out."""
+        return "".join(self.text.before_content(self.text.live[0])), self._before_close
+
     def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
         """Return the text of a turn's sampled ids, up to the closing token.
 
@@ -189,7 +194,7 @@ class TurnEncoder:
         end = next((i for i, token in enumerate(ids) if token in self.close_ids), None)
         text = self.encoder.decode(ids[:end])
         text = text if end is None else text.removesuffix(self._before_close)
-        return text.removeprefix("".join(self.text.before_content(self.text.live[0])))
+        return text.removeprefix(self.reply_frame[0])
 
 
 class Renderer:
@@ -324,6 +329,11 @@ class Renderer:
         """
         window = in_window(turns, self.printer.speaks_as_user, first, stop, live)
         return [encoded[i][_FIELD[form]] for i, form in window]
+
+    @property
+    def reply_frame(self) -> tuple[str, str]:
+        """The texts around a reply that `decode` leaves out (`TurnEncoder.reply_frame`)."""
+        return self._turns.reply_frame
 
     def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
         """Return the text of a turn's sampled ids (`TurnEncoder.decode`)."""

@@ -19,8 +19,8 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
+from offline_lmrl.decoding import loop as loop_module
 from offline_lmrl.decoding import prompts as prompts_module
-from offline_lmrl.decoding import sampler as sampler_module
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.prompts import CachedModel
 from offline_lmrl.decoding.sampler import DecodingConfig, Sampler
@@ -32,6 +32,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 class Letters:
     """A renderer of one letter per token; the last of `size` ids closes a turn."""
+
+    reply_frame = ("", "")
 
     def __init__(self, size):
         self.close_id = size - 1
@@ -319,7 +321,7 @@ def test_finished_rows_are_frozen_and_leave(monkeypatch):
 def test_the_accelerator_rhythm_gives_the_same_replies(monkeypatch):
     model = tiny()
     before = sample(model, PROMPTS, max_new_tokens=11)
-    monkeypatch.setattr(sampler_module, "sync_every", lambda device: 4)
+    monkeypatch.setattr(loop_module, "sync_every", lambda device: 4)
     assert_same_replies(before, sample(model, PROMPTS, max_new_tokens=11))
 
 
@@ -346,7 +348,7 @@ def test_greedy_log_prob_is_of_the_guided_distribution_at_temperature_one():
 
 @pytest.mark.parametrize("rhythm", [1, 4])
 def test_a_stop_text_ends_a_reply_and_is_cut(monkeypatch, rhythm):
-    monkeypatch.setattr(sampler_module, "sync_every", lambda device: rhythm)
+    monkeypatch.setattr(loop_module, "sync_every", lambda device: rhythm)
     model = tiny()
     free = sample(model, [[i % 20] for i in range(30)], max_new_tokens=20)
     stop = Counter(reply.text[3:5] for reply in free if len(reply.text) > 8).most_common(1)[0][0]
