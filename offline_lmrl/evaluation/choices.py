@@ -65,10 +65,11 @@ class ChoiceRow:
       units, by `HeldOutQ`; the interval includes the error of its fit. None if the logged returns do not differ.
     realised: its realised advantage at the states of the logs, in reward units per log (realised.py); None where that
       is not defined. The rule of choice reads it.
-    kl_logged: exact KL(choice ‖ plain) per token at the states of the logs, in nats; None with a requested return.
+    kl_logged: exact KL(choice ‖ π) per token at the states of the logs, in nats, with π, the plain policy, at the
+      temperature of the run and without filters; the filters alone give that of β 0. None with a requested return.
     changed: share of these states at which the most probable token differs; None with a requested return.
-    kl_token: KL(choice ‖ plain) per token on its own replies, in nats, from the sampled tokens. The plain policy is
-      taken at the temperature of the run, without filters. None if it is unknown (a requested return with stop texts).
+    kl_token: KL(choice ‖ π) per token on its own replies, in nats, from the sampled tokens. None if it is unknown (a
+      requested return with stop texts).
     kl_reply: the same per reply.
     log_prob: log-probability per token of its replies under the plain policy, in nats; None as for kl_token.
     unlikely: share of replies that are less likely than the 1 % quantile of the plain policy's own; 0 if unknown.
@@ -177,7 +178,7 @@ def measure_choices(
     """
     choices = list(dict.fromkeys([PLAIN, *choices]))
     if steps is None:
-        steps = measure_logs(policy, trajectories, sorted({one.beta for one in choices} - {0.0}))
+        steps = measure_logs(policy, trajectories, list(dict.fromkeys(one.beta for one in choices)))
     logged = _logged_replies(policy, trajectories, steps)
     asked = _drawn(list({repr((one.group, one.context)): one for one in logged}.values()), prompts)
     measured = _Measured(policy, asked)
@@ -284,7 +285,7 @@ def _row(
             for sums in (one.log_prob - one.plain, one.plain)
         )
         kl_reply = mean_interval((one.log_prob - one.plain).tolist(), groups)
-    shift = {} if one.choice.ask is not None else shifts.get(one.choice.beta, {"kl": 0.0, "changed": 0.0})
+    shift = {} if one.choice.ask is not None else shifts.get(one.choice.beta, {})
     return ChoiceRow(
         choice=one.choice,
         advantage=held_out and held_out.difference(one.features, plain.features, groups),

@@ -1,19 +1,13 @@
-"""Evaluation of a policy from logs alone: no environment, and no rewards but the logged ones.
+"""Measurements at the agent tokens of logs: likelihood, Q and V, and how far guidance of weight β moves the policy π.
 
-It measures the likelihood of held-out agent tokens, the calibration of Q against realised returns, how well Σ(Q − V)
-ranks the trajectories of a group (those with the same `Trajectory.group`, such as replies to one prompt), and how far
-value guidance of weight β moves the policy π. The last allows choosing β without play.
-
-A window is a row of token ids cut from a logged dialogue: some of the agent's turns and the earlier turns that the
-policy sees before them.
+offline_report.py makes an evaluation of them. A window is a row of token ids cut from a logged dialogue: some of the
+agent's turns and the earlier turns that the policy sees before them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +17,6 @@ from offline_lmrl.decoding.distribution import Form, reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
-from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
@@ -96,7 +89,7 @@ def measure_logs(
     Raises: InputError if betas are given for a policy without value heads, if no agent turn fits into a window, or if
       the task of a log has too few demonstrations.
     """
-    if betas and policy.model.value_heads is None:
+    if any(betas) and policy.model.value_heads is None:
         raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
     encoder = log_encoder(policy)
     if ask is not None:
@@ -220,138 +213,6 @@ def guidance_by_beta(steps: LoggedTokens, betas: Sequence[float]) -> list[dict[s
     """
     means = zip(betas, steps.kl.mean(-1), steps.changed.mean(-1), strict=True)
     return [{"beta": float(beta), "kl": float(kl), "changed": float(changed)} for beta, kl, changed in means]
-
-
-def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> float:
-    """Return the largest β whose `kl` is at most the budget, the β "chosen offline"; 0, no guidance, if there is none.
-
-    Args:
-      by_beta: result of `guidance_by_beta`.
-      kl_budget: in nats per token.
-    """
-    return max((entry["beta"] for entry in by_beta if entry["kl"] <= kl_budget), default=0.0)
-
-
-def calibration(steps: LoggedTokens, bins: int = 10) -> list[dict[str, float]]:
-    """Compare Q with realised returns: sort the agent tokens by Q and cut them into equally large bins.
-
-    Tokens of logs that were cut are left out, because their return is unknown.
-
-    Args:
-      steps: measurements at the agent tokens, with Q.
-      bins: number of bins.
-    Returns: one mapping per bin: `q` and `return_to_go`, the means over its tokens in reward units, and `n`, the
-      number of its tokens; empty if no log is complete.
-    """
-    known = np.flatnonzero(~np.isnan(steps.return_to_go))
-    ordered = known[np.argsort(steps.q[known], kind="stable")]
-    return [
-        {"q": float(steps.q[part].mean()), "return_to_go": float(steps.return_to_go[part].mean()), "n": len(part)}
-        for part in np.array_split(ordered, min(bins, len(ordered)) or 1)
-        if len(part)
-    ]
-
-
-def ranking_accuracy(steps: LoggedTokens, trajectories: Sequence[Trajectory]) -> Estimate | None:
-    """Return the share of pairs of trajectories that Σ(Q − V) orders as their returns do.
-
-    A pair is two finished trajectories of one group with unequal returns. The sum is over the agent's tokens; equal
-    sums count half, so 0.5 is chance.
-
-    Returns: the share, with a 95% interval that treats the pairs of a group as dependent; its n is the number of
-      pairs. None if there is no pair.
-    """
-    score = np.bincount(steps.trajectory, steps.q - steps.v, minlength=len(trajectories))
-    seen = np.bincount(steps.trajectory, minlength=len(trajectories)) > 0
-    groups: dict[str, list[int]] = {}
-    for index, trajectory in enumerate(trajectories):
-        if trajectory.group and trajectory.terminated and seen[index]:
-            groups.setdefault(trajectory.group, []).append(index)
-    pairs = []
-    for group, members in groups.items():
-        for a, b in combinations(members, 2):
-            difference = trajectories[a].total_return - trajectories[b].total_return
-            if difference:
-                pairs.append((0, group, 0.5 + 0.5 * float(np.sign(difference) * np.sign(score[a] - score[b]))))
-    return Cells.of(pairs).share() if pairs else None
-
-
-@dataclass(frozen=True)
-class OfflineReport:
-    """The evaluation of a policy on held-out logs; `str` formats it.
-
-    The last four fields are None without value heads.
-
-    trajectories: number of logs.
-    agent_tokens: number of agent tokens evaluated.
-    counts: description of a fault -> number of cases, for example of agent turns that do not fit into a window.
-    log_prob: mean log π per agent token, in nats, with a 95% interval that treats the tokens of a group as dependent.
-    kl_budget: limit for choosing β, in nats per token.
-    calibration: result of `calibration`.
-    ranking: result of `ranking_accuracy`; also None if no pair can be ranked.
-    by_beta: result of `guidance_by_beta`.
-    beta: the β chosen offline within kl_budget.
-    """
-
-    trajectories: int
-    agent_tokens: int
-    counts: dict[str, int]
-    log_prob: Estimate
-    kl_budget: float
-    calibration: list[dict[str, float]] | None = None
-    ranking: Estimate | None = None
-    by_beta: list[dict[str, float]] | None = None
-    beta: float | None = None
-
-    def __str__(self) -> str:
-        lines = [f"{self.trajectories} trajectories, {self.agent_tokens} agent tokens"]
-        lines += [f"  {reason}: {count}" for reason, count in self.counts.items()]
-        lines.append(f"log π per agent token (nats): {self.log_prob}")
-        if self.by_beta is None:
-            return "\n".join(lines)
-        lines.append("mean Q and mean realised return-to-go of agent tokens, by bins of Q:")
-        lines += [f"  {row['q']:10.3f} {row['return_to_go']:10.3f}   n={row['n']}" for row in self.calibration]
-        ranked = "no group has different returns" if self.ranking is None else f"{self.ranking} n={self.ranking.n}"
-        lines.append(f"share of pairs in a group that Σ(Q − V) orders as their returns do (0.5 is chance): {ranked}")
-        lines.append("guidance:   beta   KL(guided ‖ π) per token   choices changed")
-        lines += [f"  {row['beta']:14g} {row['kl']:16.4f} {row['changed']:23.1%}" for row in self.by_beta]
-        lines.append(f"beta chosen offline: {self.beta:g} (the largest with KL ≤ {self.kl_budget:g} nats per token)")
-        return "\n".join(lines)
-
-
-def evaluate_offline(
-    policy: LanguagePolicy,
-    trajectories: Sequence[Trajectory],
-    *,
-    betas: Sequence[float],
-    kl_budget: float,
-    demonstrations: Sequence[Trajectory] | None = None,
-) -> OfflineReport:
-    """Evaluate a policy on held-out logs: the likelihood, and with value heads calibration, ranking and guidance.
-
-    Args:
-      policy: the policy; a return-conditioned one is evaluated with no return requested.
-      trajectories: the logs.
-      betas: candidates for β; ignored without value heads.
-      kl_budget: limit for choosing β, in nats per token.
-      demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
-        `measure_logs`.
-    Raises: InputError if no agent turn fits into a window, or the task of a log has too few demonstrations.
-    """
-    guided = policy.model.value_heads is not None
-    steps = measure_logs(policy, trajectories, betas if guided else (), demonstrations)
-    clusters = [trajectories[i].group or int(i) for i in steps.trajectory]
-    log_prob = Cells.of((0, *pair) for pair in zip(clusters, steps.log_prob.tolist(), strict=True)).estimate()
-    values: dict[str, Any] = {}
-    if guided:
-        by_beta = guidance_by_beta(steps, betas)
-        values = {
-            "calibration": calibration(steps),
-            "ranking": ranking_accuracy(steps, trajectories),
-            "by_beta": by_beta,
-            "beta": choose_beta(by_beta, kl_budget),
-        }
-    return OfflineReport(len(trajectories), len(steps.token), dict(steps.counts), log_prob, kl_budget, **values)
 
 
 def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequence[Trajectory] | None = None) -> str:
