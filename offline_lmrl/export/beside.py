@@ -21,6 +21,7 @@ from offline_lmrl.decoding.distribution import reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import Sampler
 from offline_lmrl.decoding.scorers import load_scorer
+from offline_lmrl.decoding.texts import TextStream
 from offline_lmrl.evaluation.metrics import mean_interval
 from offline_lmrl.export.prompts import PromptIds, Prompts
 from offline_lmrl.logs.preferences import score_rows
@@ -260,12 +261,16 @@ class Trial:
 
     def _measured(self, replies: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """Return the measures of replies, one number per prompt."""
-        policy, texts, ids, ended = self.policy.with_decoding(stop=self.decoding.stop), [], [], []
+        policy, texts, ids, ended = self.policy, [], [], []
         for reply in replies:
-            count, text = policy.sampler.stop_at(list(reply)) or (None, policy.renderer.decode(list(reply)))
-            texts.append(text)
-            ids.append(list(reply[:count]))
-            ended.append(count is not None or reply[-1] in policy.sampler.close_ids)
+            stream = TextStream(policy.renderer.decode, self.decoding.stop)
+            for place, token in enumerate(reply, 1):
+                stream.add(token, last=place == len(reply))
+                if stream.stopped:
+                    break
+            texts.append(stream.text)
+            ids.append(stream.tokens)
+            ended.append(stream.stopped or reply[-1] in policy.sampler.close_ids)
         found: dict[str, list[Any]] = {
             LENGTH: [len(reply) for reply in ids],
             UNFINISHED: [not done for done in ended],
