@@ -53,7 +53,7 @@ _HOMES = {
     "PlannerConfig": "decoding.planner",
     "Planner": "decoding.planner",
     "evaluate_policy": "evaluation.play",
-    "evaluate_offline": "evaluation.offline",
+    "evaluate_offline": "evaluation.offline_report",
     "CompareConfig": "comparison.config",
     "run_compare": "comparison.compare",
     "export_run": "export.run",

@@ -20,9 +20,9 @@ class ExportConfig:
     output: Path = setting(REQUIRED, "Folder to write, which must not exist yet.")
     to: Literal["plain", "transformers", "vllm"] = setting(
         "plain",
-        "Form of the export. plain: weights of the base model, for any engine, if guidance folds into them; "
-        "transformers: base weights, heads, and a `custom_generate` that decodes as the run does; vllm: the run with "
-        "its values, for vLLM with this package as a plugin.",
+        "Form of the export. plain: weights of the base model, for any engine; guidance is folded into them where "
+        "that is exact, else distilled; transformers: base weights, heads, and a `custom_generate` that decodes as "
+        "the run does; vllm: the run with its values, for vLLM with this package as a plugin.",
     )
     form: dict[str, Any] = setting(dict, "Settings of the form, such as --form.NAME VALUE.")
     prompts: str | None = setting(

@@ -164,14 +164,26 @@ def _report_asks(points: Sequence[Any], config: PlayConfig) -> None:
 
 @dataclass(kw_only=True)
 class LogsConfig(OpenedRun):
-    """Measure a run on held-out logs: likelihood, calibration of Q, and what each weight of value guidance changes."""
+    """Measure a run on held-out logs: likelihood, Q against returns, and what each β or requested return does."""
 
     data: str = setting(REQUIRED, "Held-out trajectories.")
     split: str | None = setting(None, "Name of the split of the data to read; null = the only one.")
     reward: str | None = setting(
         None, "Column that holds the score of a row; null = `reward`, or `label` in rows with a prompt."
     )
-    betas: tuple[float, ...] = setting((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "Weights of value guidance to try.")
+    betas: tuple[float, ...] = setting(
+        (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "Weights of value guidance to try; 0, none, is always among them."
+    )
+    asks: tuple[float | str, ...] | None = setting(
+        None,
+        "Returns to request, such as [0, p50, max], each with a row in the same table; null = p50, p90 and max for a "
+        "model that was trained with returns.",
+    )
+    prompts: int = setting(
+        50,
+        "Number of contexts of these logs to which every β and requested return replies, with equal seeds; 0 = print "
+        "only what the logged tokens show.",
+    )
     kl_budget: float = setting(
         0.3,
         "Limit on the KL from the unguided policy, in nats per token; the largest of betas within it is recommended.",
@@ -190,10 +202,20 @@ class LogsConfig(OpenedRun):
         "log; null = those of training.",
     )
 
+    def __post_init__(self) -> None:
+        from offline_lmrl.tokens.conditioning import check_ask
+
+        super().__post_init__()
+        if self.prompts < 0:
+            raise InputError(f"prompts: found {self.prompts}, expected 0 (no replies) or more")
+        for ask in self.asks or ():
+            check_ask(ask)
+
 
 def evaluate_logs(config: LogsConfig) -> None:
     """Measure a run on held-out logs and print the measures, or one log token by token."""
-    from offline_lmrl.evaluation import offline
+    from offline_lmrl.evaluation.offline import show
+    from offline_lmrl.evaluation.offline_report import evaluate_offline
     from offline_lmrl.logs.io import holds_comparisons, read_trajectories
 
     if holds_comparisons(config.data):
@@ -208,10 +230,12 @@ def evaluate_logs(config: LogsConfig) -> None:
         raise InputError(f"show: found {config.show}, expected 1 to {len(trajectories)}")
     policy = config.open()
     if config.show is not None:
-        print(visible(offline.show(policy, trajectories[config.show - 1], shown_first)))
+        print(visible(show(policy, trajectories[config.show - 1], shown_first)))
         return
-    logs = {"betas": config.betas, "kl_budget": config.kl_budget, "demonstrations": shown_first}
-    print(visible(str(offline.evaluate_offline(policy, trajectories, **logs))))
+    given = {name: getattr(config, name) for name in ("betas", "asks", "prompts", "kl_budget")}
+    with progress_bar("replying", config.prompts) as progress:
+        report = evaluate_offline(policy, trajectories, demonstrations=shown_first, progress=progress, **given)
+    print(visible(str(report)))
 
     from offline_lmrl.evaluation.off_policy import FitConfig, fitted_q_evaluation, importance_sampling
 

@@ -21,7 +21,7 @@ from offline_lmrl.comparison.rows import Row
 from offline_lmrl.comparison.runs import PLANNED, Entry
 from offline_lmrl.decoding.planner import Planner
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
+from offline_lmrl.evaluation.offline_report import OfflineReport, evaluate_offline
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 from offline_lmrl.logs.io import write_text
 from offline_lmrl.logs.terminal import progress_bar, visible

@@ -1,29 +1,22 @@
-"""Evaluation of a policy from logs alone: no environment, and no rewards but the logged ones.
+"""Measurements at the agent tokens of logs: likelihood, Q and V, and how far guidance of weight β moves the policy π.
 
-It measures the likelihood of held-out agent tokens, the calibration of Q against realised returns, how well Σ(Q − V)
-ranks the trajectories of a group (those with the same `Trajectory.group`, such as replies to one prompt), and how far
-value guidance of weight β moves the policy π. The last allows choosing β without play.
-
-A window is a row of token ids cut from a logged dialogue: some of the agent's turns and the earlier turns that the
-policy sees before them.
+offline_report.py makes an evaluation of them. A window is a row of token ids cut from a logged dialogue: some of the
+agent's turns and the earlier turns that the policy sees before them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.decoding.distribution import reduce_q
+from offline_lmrl.decoding.distribution import Form, reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
-from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
@@ -53,6 +46,8 @@ class LoggedTokens:
     changed: (B, N), 1 if guidance changes the most probable token, else 0.
     counts: description of a fault -> number of cases, for example of agent turns that do not fit into a window.
     betas: the B values of β.
+    unguided_log_prob: acting_log_prob without value guidance.
+    guided_log_prob: (B, N), acting_log_prob under guidance of weight β.
     """
 
     trajectory: np.ndarray
@@ -67,6 +62,8 @@ class LoggedTokens:
     changed: np.ndarray
     counts: Counter[str]
     betas: tuple[float, ...]
+    unguided_log_prob: np.ndarray
+    guided_log_prob: np.ndarray
 
 
 def measure_logs(
@@ -75,23 +72,28 @@ def measure_logs(
     betas: Sequence[float] = (),
     demonstrations: Sequence[Trajectory] | None = None,
     token_budget: int = TOKEN_BUDGET,
+    ask: float | str | None = None,
 ) -> LoggedTokens:
     """Run the model over the logs once, with the context length, reward scale and discounts of its training.
 
     Args:
-      policy: the policy; a return-conditioned one is evaluated with no return requested.
+      policy: the policy.
       trajectories: the logs.
       betas: values of β at which guidance is measured; other decoding settings are the policy's. () = none.
       demonstrations: trajectories from which the few-shot demonstrations before each log are drawn, of the log's
         task. None = the demonstrations with which the policy was loaded. If it was loaded with none, but trained with
         demonstrations, new ones are drawn for every log as in training; other policies get none.
       token_budget: largest number of tokens of a forward pass, padding included.
+      ask: for a return-conditioned policy, the return requested in every log, a number in reward units or a name such
+        as "p90"; later turns request what the log's rewards leave of it. None = no return is requested.
     Raises: InputError if betas are given for a policy without value heads, if no agent turn fits into a window, or if
       the task of a log has too few demonstrations.
     """
-    if betas and policy.model.value_heads is None:
+    if any(betas) and policy.model.value_heads is None:
         raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
     encoder = log_encoder(policy)
+    if ask is not None:
+        encoder = replace(encoder, return_ids_for=partial(_requested, policy, ask))
     counts: Counter[str] = Counter()
     few_shot = few_shot_of_logs(policy, trajectories, demonstrations, encoder.return_ids_for)
     logs = Experience.of(trajectories, encoder, counts, policy.renderer.close_id, next_rows=False, few_shot=few_shot)
@@ -113,7 +115,17 @@ def measure_logs(
         changed=measured["changed"].T,
         counts=+counts,
         betas=tuple(betas),
+        unguided_log_prob=measured["unguided_log_prob"],
+        guided_log_prob=measured["guided_log_prob"].T,
     )
+
+
+def _requested(policy: LanguagePolicy, ask: float | str, trajectory: Trajectory) -> list[Ids]:
+    """Return the ids of the requested return for each agent turn of a log, and for the turn that would follow it."""
+    returns = policy.return_tokens
+    asked = returns.scale.named_ask(ask, policy.task) if isinstance(ask, str) else ask
+    rewards = [turn.reward for turn in trajectory.turns if turn.is_trainable]
+    return [returns.ids(value, policy.task) for value in returns.remaining(asked, rewards)]
 
 
 def few_shot_of_logs(
@@ -146,15 +158,19 @@ def acting_log_prob(policy: LanguagePolicy, states: States) -> Tensor:
 
     At temperature 0 (greedy play), they are 0 at the best token and −∞ elsewhere.
     """
-    log_prob = states.distribution(policy.decoding)
-    if policy.decoding.temperature > 0:
+    return _drawn_from(policy.decoding, states.distribution(policy.decoding))
+
+
+def _drawn_from(form: Form, log_prob: Tensor) -> Tensor:
+    """Return the log-probabilities that tokens are drawn with, given the distribution of a form, (n, vocabulary)."""
+    if form.temperature > 0:
         return log_prob
     best = log_prob.argmax(-1, keepdim=True)
     return torch.full_like(log_prob, -torch.inf).scatter(-1, best, 0.0)
 
 
 def _measured(policy: LanguagePolicy, betas: Sequence[float], states: States) -> dict[str, Tensor]:
-    """Return fields of `LoggedTokens` at n states, in scaled reward units: (n,), or (n, B) for `kl` and `changed`.
+    """Return fields of `LoggedTokens` at n states, in scaled reward units: (n,), or (n, B) for fields of each β.
 
     Args:
       policy: the policy.
@@ -163,18 +179,22 @@ def _measured(policy: LanguagePolicy, betas: Sequence[float], states: States) ->
     """
     form, log_prob = policy.decoding, states.logits.log_softmax(-1)
     plain = (states.logits / (form.temperature or 1.0)).log_softmax(-1)
-    kl, changed = log_prob.new_zeros(2, len(log_prob), len(betas))
+    action = states.steps["action"].unsqueeze(-1)
+    kl, changed, guided_log_prob = log_prob.new_zeros(3, len(log_prob), len(betas))
     for i, beta in enumerate(betas):
         guided = states.distribution(replace(form, beta=beta))
         # A token that filters dropped has guided = −∞ and adds 0 · log 0 = 0; the mask avoids 0 · −∞ = NaN.
         kl[:, i] = (guided.exp() * (guided - plain).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
         changed[:, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
-    action = states.steps["action"].unsqueeze(-1)
+        guided_log_prob[:, i] = _drawn_from(form, guided).gather(-1, action).squeeze(-1)
+    unguided = _drawn_from(form, states.distribution(replace(form, beta=0.0)))
     found = {
         "log_prob": log_prob.gather(-1, action).squeeze(-1),
         "acting_log_prob": acting_log_prob(policy, states).gather(-1, action).squeeze(-1),
         "kl": kl,
         "changed": changed,
+        "unguided_log_prob": unguided.gather(-1, action).squeeze(-1),
+        "guided_log_prob": guided_log_prob,
     }
     if policy.model.value_heads is not None:
         found |= {"q": reduce_q(states.q_of_action(), form.q_reduce), "v": states.v()}
@@ -193,138 +213,6 @@ def guidance_by_beta(steps: LoggedTokens, betas: Sequence[float]) -> list[dict[s
     """
     means = zip(betas, steps.kl.mean(-1), steps.changed.mean(-1), strict=True)
     return [{"beta": float(beta), "kl": float(kl), "changed": float(changed)} for beta, kl, changed in means]
-
-
-def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> float:
-    """Return the largest β whose `kl` is at most the budget, the β "chosen offline"; 0, no guidance, if there is none.
-
-    Args:
-      by_beta: result of `guidance_by_beta`.
-      kl_budget: in nats per token.
-    """
-    return max((entry["beta"] for entry in by_beta if entry["kl"] <= kl_budget), default=0.0)
-
-
-def calibration(steps: LoggedTokens, bins: int = 10) -> list[dict[str, float]]:
-    """Compare Q with realised returns: sort the agent tokens by Q and cut them into equally large bins.
-
-    Tokens of logs that were cut are left out, because their return is unknown.
-
-    Args:
-      steps: measurements at the agent tokens, with Q.
-      bins: number of bins.
-    Returns: one mapping per bin: `q` and `return_to_go`, the means over its tokens in reward units, and `n`, the
-      number of its tokens; empty if no log is complete.
-    """
-    known = np.flatnonzero(~np.isnan(steps.return_to_go))
-    ordered = known[np.argsort(steps.q[known], kind="stable")]
-    return [
-        {"q": float(steps.q[part].mean()), "return_to_go": float(steps.return_to_go[part].mean()), "n": len(part)}
-        for part in np.array_split(ordered, min(bins, len(ordered)) or 1)
-        if len(part)
-    ]
-
-
-def ranking_accuracy(steps: LoggedTokens, trajectories: Sequence[Trajectory]) -> Estimate | None:
-    """Return the share of pairs of trajectories that Σ(Q − V) orders as their returns do.
-
-    A pair is two finished trajectories of one group with unequal returns. The sum is over the agent's tokens; equal
-    sums count half, so 0.5 is chance.
-
-    Returns: the share, with a 95% interval that treats the pairs of a group as dependent; its n is the number of
-      pairs. None if there is no pair.
-    """
-    score = np.bincount(steps.trajectory, steps.q - steps.v, minlength=len(trajectories))
-    seen = np.bincount(steps.trajectory, minlength=len(trajectories)) > 0
-    groups: dict[str, list[int]] = {}
-    for index, trajectory in enumerate(trajectories):
-        if trajectory.group and trajectory.terminated and seen[index]:
-            groups.setdefault(trajectory.group, []).append(index)
-    pairs = []
-    for group, members in groups.items():
-        for a, b in combinations(members, 2):
-            difference = trajectories[a].total_return - trajectories[b].total_return
-            if difference:
-                pairs.append((0, group, 0.5 + 0.5 * float(np.sign(difference) * np.sign(score[a] - score[b]))))
-    return Cells.of(pairs).share() if pairs else None
-
-
-@dataclass(frozen=True)
-class OfflineReport:
-    """The evaluation of a policy on held-out logs; `str` formats it.
-
-    The last four fields are None without value heads.
-
-    trajectories: number of logs.
-    agent_tokens: number of agent tokens evaluated.
-    counts: description of a fault -> number of cases, for example of agent turns that do not fit into a window.
-    log_prob: mean log π per agent token, in nats, with a 95% interval that treats the tokens of a group as dependent.
-    kl_budget: limit for choosing β, in nats per token.
-    calibration: result of `calibration`.
-    ranking: result of `ranking_accuracy`; also None if no pair can be ranked.
-    by_beta: result of `guidance_by_beta`.
-    beta: the β chosen offline within kl_budget.
-    """
-
-    trajectories: int
-    agent_tokens: int
-    counts: dict[str, int]
-    log_prob: Estimate
-    kl_budget: float
-    calibration: list[dict[str, float]] | None = None
-    ranking: Estimate | None = None
-    by_beta: list[dict[str, float]] | None = None
-    beta: float | None = None
-
-    def __str__(self) -> str:
-        lines = [f"{self.trajectories} trajectories, {self.agent_tokens} agent tokens"]
-        lines += [f"  {reason}: {count}" for reason, count in self.counts.items()]
-        lines.append(f"log π per agent token (nats): {self.log_prob}")
-        if self.by_beta is None:
-            return "\n".join(lines)
-        lines.append("mean Q and mean realised return-to-go of agent tokens, by bins of Q:")
-        lines += [f"  {row['q']:10.3f} {row['return_to_go']:10.3f}   n={row['n']}" for row in self.calibration]
-        ranked = "no group has different returns" if self.ranking is None else f"{self.ranking} n={self.ranking.n}"
-        lines.append(f"share of pairs in a group that Σ(Q − V) orders as their returns do (0.5 is chance): {ranked}")
-        lines.append("guidance:   beta   KL(guided ‖ π) per token   choices changed")
-        lines += [f"  {row['beta']:14g} {row['kl']:16.4f} {row['changed']:23.1%}" for row in self.by_beta]
-        lines.append(f"beta chosen offline: {self.beta:g} (the largest with KL ≤ {self.kl_budget:g} nats per token)")
-        return "\n".join(lines)
-
-
-def evaluate_offline(
-    policy: LanguagePolicy,
-    trajectories: Sequence[Trajectory],
-    *,
-    betas: Sequence[float],
-    kl_budget: float,
-    demonstrations: Sequence[Trajectory] | None = None,
-) -> OfflineReport:
-    """Evaluate a policy on held-out logs: the likelihood, and with value heads calibration, ranking and guidance.
-
-    Args:
-      policy: the policy; a return-conditioned one is evaluated with no return requested.
-      trajectories: the logs.
-      betas: candidates for β; ignored without value heads.
-      kl_budget: limit for choosing β, in nats per token.
-      demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
-        `measure_logs`.
-    Raises: InputError if no agent turn fits into a window, or the task of a log has too few demonstrations.
-    """
-    guided = policy.model.value_heads is not None
-    steps = measure_logs(policy, trajectories, betas if guided else (), demonstrations)
-    clusters = [trajectories[i].group or int(i) for i in steps.trajectory]
-    log_prob = Cells.of((0, *pair) for pair in zip(clusters, steps.log_prob.tolist(), strict=True)).estimate()
-    values: dict[str, Any] = {}
-    if guided:
-        by_beta = guidance_by_beta(steps, betas)
-        values = {
-            "calibration": calibration(steps),
-            "ranking": ranking_accuracy(steps, trajectories),
-            "by_beta": by_beta,
-            "beta": choose_beta(by_beta, kl_budget),
-        }
-    return OfflineReport(len(trajectories), len(steps.token), dict(steps.counts), log_prob, kl_budget, **values)
 
 
 def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequence[Trajectory] | None = None) -> str:

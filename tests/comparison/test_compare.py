@@ -17,7 +17,7 @@ from offline_lmrl.comparison.report import table
 from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import Failed, InputError
-from offline_lmrl.evaluation.offline import OfflineReport, choose_beta
+from offline_lmrl.evaluation.offline_report import OfflineReport, choose_beta
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import write_comparisons, write_trajectories
 from offline_lmrl.logs.protocols import Reply

@@ -10,14 +10,13 @@ from offline_lmrl.decoding.policy import NO_FEW_SHOT, FewShotIds, LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
-from offline_lmrl.evaluation.offline import (
+from offline_lmrl.evaluation.offline import guidance_by_beta, measure_logs, show
+from offline_lmrl.evaluation.offline_report import (
     calibration,
     choose_beta,
     evaluate_offline,
-    guidance_by_beta,
-    measure_logs,
     ranking_accuracy,
-    show,
+    value_ranking,
 )
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -79,6 +78,7 @@ def table_policy(heads=True, scale=1.0, **decoding):
         renderer=RENDERER,
         window=WindowRule(),
         few_shot=None,
+        return_tokens=None,
         spec=FewShotConfig(),
         shared_few_shot=NO_FEW_SHOT,
         decoding=DecodingConfig(**decoding),
@@ -188,9 +188,22 @@ def test_ranking_counts_the_pairs_of_a_group_in_the_right_order():
     assert ranking_accuracy(measure_logs(table_policy(), logs[6:8]), logs[6:8]) is None
 
 
+def test_turns_and_rows_are_ordered_with_one_reply_per_prompt():
+    logs = [said("b", 4.0, "1"), said("a", 1.0, "2"), said("a", 2.0, "3"), said("b", 3.0, "4")]
+    twice = Trajectory((*logs[0].turns, *logs[1].turns), group="5")  # b earns 4, then a earns 1
+    cut = said("a", 9.0, "6", terminated=False)
+    found = value_ranking(measure_logs(table_policy(), [*logs, cut]), [*logs, cut])
+    # Σ(Q − V) is 2 of b and 0 of a: of the six pairs, 4 > 1, 4 > 2, 3 > 1 and 3 > 2 are right, two are equal
+    assert found["Σ(Q − V) of a turn"].auc.mean == found["Σ(Q − V) of a row"].auc.mean == pytest.approx(5 / 6)
+    assert found["Q of a turn"] is found["Q of a row"] is None  # Q of the closing token is always 2
+    found = value_ranking(measure_logs(table_policy(), [*logs, twice]), [*logs, twice])
+    assert found["Σ(Q − V) of a turn"].correlation.n == 6 and found["Σ(Q − V) of a row"].correlation.n == 5
+    assert value_ranking(measure_logs(table_policy(), [cut]), [cut]) == {}
+
+
 def test_the_report_prints_everything_and_chooses_beta():
     logs = [said("b", 1.0), said("a", 0.0)]
-    report = evaluate_offline(table_policy(), logs, betas=[0.1, math.log(3)], kl_budget=0.1)
+    report = evaluate_offline(table_policy(), logs, betas=[0.1, math.log(3)], kl_budget=0.1, prompts=0)
     assert report.agent_tokens == 4 and report.beta == 0.1 and report.ranking.mean == 1.0
     assert report.log_prob.mean == pytest.approx((math.log(0.25) + math.log(0.75)) / 4)
     text = str(report)
@@ -198,7 +211,7 @@ def test_the_report_prints_everything_and_chooses_beta():
 
 
 def test_a_policy_without_heads_has_its_likelihood_only():
-    report = evaluate_offline(table_policy(heads=False), [said("a", 0.0)], betas=[1.0], kl_budget=0.1)
+    report = evaluate_offline(table_policy(heads=False), [said("a", 0.0)], betas=[1.0], kl_budget=0.1, prompts=0)
     assert report.by_beta is None and "beta" not in str(report)
     with pytest.raises(InputError, match="betas: found"):
         measure_logs(table_policy(heads=False), [said("a", 0.0)], [1.0])

@@ -1,0 +1,107 @@
+"""The table of choices (choices.py) as text: its cells, what they mean, and replies of three choices side by side."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from offline_lmrl.evaluation.choices import Choice, ChoiceRow, ChoiceTable
+from offline_lmrl.evaluation.metrics import Estimate
+
+SIDE_BY_SIDE = 3  # prompts whose replies are shown
+
+
+def choice_cells(row: ChoiceRow, chosen: bool) -> dict[str, str]:
+    """Return the cells of a row in a table of choices: name of the column -> text, "–" for an unknown number."""
+
+    def text(value: Estimate | float | None, form: str = "{:.2f}") -> str:
+        value = value.mean if isinstance(value, Estimate) else value
+        return "–" if value is None else form.format(value)
+
+    gain = row.advantage
+    interval = "" if gain is None or row.choice.is_plain else f" [{gain.low:+.2f}, {gain.high:+.2f}]"
+    return {
+        "choice": f"{row.choice}{' (chosen)' * chosen}",
+        "gain [95%]": text(gain, "{:.0f}" if row.choice.is_plain else "{:+.2f}") + interval,
+        "KL logged": text(row.kl_logged),
+        "KL own": text(row.kl_token),
+        "KL/reply": text(row.kl_reply, "{:.1f}"),
+        "log π": text(row.log_prob),
+        "unlikely": text(row.unlikely, "{:.0%}"),
+        "repeated": text(row.repeated, "{:.0%}"),
+        "unfinished": text(row.unfinished, "{:.0%}"),
+        "broken": text(row.broken, "{:.0%}"),
+        "distinct-2": text(row.distinct_2),
+        "tokens": text(row.tokens, "{:.1f}"),
+    }
+
+
+LEGEND = """\
+gain: expected return of the replies minus that of β 0, by a regression fitted on these logs alone (rewards of the log)
+KL logged, KL own: KL(choice ‖ π) in nats per token, at the logged states and on the choice's own replies; β 0 has that
+  of the filters alone. log π: per token of its replies, under π (the policy without guidance, request and filters)
+unlikely: below the 1% quantile of log π of the replies of β 0; repeated: four tokens in a row occur four times;
+broken: empty, unlikely, repeated or unfinished; distinct-2: different pairs of tokens among all"""
+
+
+def choice_lines(table: ChoiceTable, beta: float | None) -> list[str]:
+    """Return the lines of a text that shows a table of choices, and replies to some prompts side by side.
+
+    Args:
+      table: the table.
+      beta: the chosen β; None = none was chosen.
+    """
+    cells = [choice_cells(row, row.choice == Choice(beta or 0.0) and beta is not None) for row in table.rows]
+    width = {name: max(len(name), *(len(line[name]) for line in cells)) for name in cells[0]}
+    lines = [f"replies to {len(table.prompts)} prompts of these logs:"]
+    for line in [{name: name for name in width}, *cells]:
+        lines.append("  " + "  ".join(text.ljust(width[name]) for name, text in line.items()).rstrip())
+    lines += LEGEND.splitlines()
+    if table.held_out is None:
+        lines.append("no gain is estimated: the returns in these logs do not differ, or all have one group")
+    else:
+        lines.append(f"the regression orders {table.fitted} logged replies it was not fitted on: {table.held_out}")
+    for prompt, replies in side_by_side(table, beta):
+        lines.append(f"prompt: {_one_line(prompt)}")
+        lines += [f"  {name}: {_one_line(text)}" for name, text in replies.items()]
+    return lines
+
+
+def side_by_side(table: ChoiceTable, beta: float | None) -> list[tuple[str, dict[str, str]]]:
+    """Return the last turn of some prompts with the replies of three choices to it, drawn with the same seeds.
+
+    The choices are the first, β 0; the one chosen; and the last one of the table.
+
+    Args:
+      table: the table.
+      beta: the chosen β; None = none was chosen.
+    Returns: per prompt, its text and choice -> reply.
+    """
+    chosen = next((row for row in table.rows if row.choice == Choice(beta or 0.0)), table.rows[0])
+    shown = list({str(row.choice): row for row in (table.rows[0], chosen, table.rows[-1])}.values())
+    places = range(0, len(table.prompts), -(-len(table.prompts) // SIDE_BY_SIDE))
+    return [
+        (table.prompts[i][-1].content if table.prompts[i] else "", {str(row.choice): row.texts[i] for row in shown})
+        for i in places
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def as_json(value: Any) -> Any:
+    """Return nested results as values that JSON can hold.
+
+    An `Estimate` becomes a mapping with `mean`, `interval` and `n`; a number without a value becomes None.
+    """
+    if isinstance(value, Estimate):
+        return {"mean": as_json(value.mean), "interval": value.interval, "n": value.n}
+    if is_dataclass(value):
+        return {one.name: as_json(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
