@@ -214,6 +214,16 @@ def test_an_adapter_is_merged_and_the_heads_stay(tmp_path):
     assert_close(load_file(tmp_path / "folder" / "model.safetensors")["value_heads.target_q.map"], before)
 
 
+def test_an_adapter_on_the_lm_head_would_change_q(tmp_path):
+    peft = pytest.importorskip("peft")
+    settings, guided = peft.LoraConfig(target_modules=["lm_head"], r=2), DecodingConfig(beta=4.0)
+    settings.init_lora_weights = False
+    own_rows, tied = (peft.get_peft_model(guided_model("llama", kind), settings) for kind in ("mlp", "tied"))
+    write_vllm(own_rows, guided, 2, tmp_path / "mlp")
+    with pytest.raises(InputError, match="found an adapter on the LM head"):
+        write_vllm(tied, guided, 2, tmp_path / "tied")
+
+
 def test_what_vllm_cannot_play_is_refused(tmp_path):
     heads, guided = {"value_heads": {"kind": "tied", "heads": 2}}, DecodingConfig(beta=2.0)
     check_vllm(heads, guided)
