@@ -24,7 +24,7 @@ def needs_engines(test):
 
 
 def play(jobs, folder, **environment):
-    """The answers to the jobs of tests/engines/player.py and their seconds, both by name; `folder`/log has messages."""
+    """The answers to the jobs of tests/engines/player.py, and their seconds, by name; `folder`/log has messages."""
     (folder / "jobs").write_text(json.dumps(jobs))
     command = [PYTHON, "-m", "tests.engines.player", folder / "jobs", folder / "answers"]
     with open(folder / "log", "w") as log:
