@@ -149,7 +149,7 @@ class OfflineReport:
     by_beta: result of `guidance_by_beta`; None without value heads.
     choices: what every candidate does to replies; None if none were generated.
     no_replies: why none could be generated, such as a window without space for one; None if nothing prevented it.
-    beta: the β chosen offline; None without value heads.
+    chosen: what is chosen offline; None without value heads.
     """
 
     trajectories: int
@@ -163,7 +163,12 @@ class OfflineReport:
     by_beta: list[dict[str, float]] | None = None
     choices: ChoiceTable | None = None
     no_replies: str | None = None
-    beta: float | None = None
+    chosen: Choice | None = None
+
+    @property
+    def beta(self) -> float | None:
+        """The β that is chosen offline; None without value heads."""
+        return None if self.chosen is None else self.chosen.beta
 
     def __str__(self) -> str:
         lines = [f"{self.trajectories} trajectories, {self.agent_tokens} agent tokens"]
@@ -172,15 +177,19 @@ class OfflineReport:
         if self.calibration is not None:
             lines += self._value_lines()
         if self.choices is not None:
-            lines += choice_lines(self.choices, self.beta)
+            lines += choice_lines(self.choices, self.chosen)
         elif self.by_beta is not None:
             lines.append("guidance:   beta   KL(guided ‖ π) per token   choices changed")
             lines += [f"  {row['beta']:14g} {row['kl']:16.4f} {row['changed']:23.1%}" for row in self.by_beta]
+        return "\n".join([*lines, *self.closing_lines()])
+
+    def closing_lines(self) -> list[str]:
+        """Return the lines that name what was chosen, and why there are no replies."""
+        lines = [] if self.no_replies is None else [f"no replies were generated: {self.no_replies}"]
         if self.beta is not None:
-            lines.append(
-                f"beta chosen offline: {self.beta:g} (the largest with KL ≤ {self.kl_budget:g} nats per token)"
-            )
-        return "\n".join(lines)
+            rule = f"(the largest with KL ≤ {self.kl_budget:g} nats per token)"
+            lines.append(f"beta chosen offline: {self.beta:g} {rule}")
+        return lines
 
     def _value_lines(self) -> list[str]:
         lines = ["mean Q and mean realised return-to-go of agent tokens, by bins of Q:"]
@@ -229,7 +238,7 @@ def evaluate_offline(
             "ranking": ranking_accuracy(steps, trajectories),
             "agreement": value_ranking(steps, trajectories),
             "by_beta": by_beta,
-            "beta": choose_beta(by_beta, given.kl_budget),
+            "chosen": Choice(choose_beta(by_beta, given.kl_budget)),
         }
     if given.prompts:
         try:

@@ -17,6 +17,7 @@ from offline_lmrl.comparison.report import table
 from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import Failed, InputError
+from offline_lmrl.evaluation.choices import Choice
 from offline_lmrl.evaluation.offline_report import OfflineReport, choose_beta
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import write_comparisons, write_trajectories
@@ -63,7 +64,14 @@ class Gambler:
 def evaluate_offline(_, logs, betas, kl_budget):
     by_beta = [{"beta": beta, "kl": KL[beta], "changed": 0.0} for beta in betas]
     return OfflineReport(
-        len(logs), 0, {}, None, kl_budget, calibration=[], by_beta=by_beta, beta=choose_beta(by_beta, kl_budget)
+        len(logs),
+        0,
+        {},
+        None,
+        kl_budget,
+        calibration=[],
+        by_beta=by_beta,
+        chosen=Choice(choose_beta(by_beta, kl_budget)),
     )
 
 
