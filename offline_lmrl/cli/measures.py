@@ -172,7 +172,11 @@ class LogsConfig(OpenedRun):
         None, "Column that holds the score of a row; null = `reward`, or `label` in rows with a prompt."
     )
     betas: tuple[float, ...] = setting(
-        (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "Weights of value guidance to try; 0, none, is always among them."
+        (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+        "Weights of value guidance to try; 0, none, is always among them. One is chosen: the one with the largest "
+        "realised advantage (what the logs earned where it would have acted alike; taken cautiously, between the "
+        "estimate and the lower end of its interval), among those with at most 5% more broken replies than β 0; β 0 "
+        "if none is above 0.",
     )
     asks: tuple[float | str, ...] | None = setting(
         None,
@@ -183,10 +187,6 @@ class LogsConfig(OpenedRun):
         50,
         "Number of contexts of these logs to which every β and requested return replies, with equal seeds; 0 = print "
         "only what the logged tokens show.",
-    )
-    kl_budget: float = setting(
-        0.3,
-        "Limit on the KL from the unguided policy, in nats per token; the largest of betas within it is recommended.",
     )
     fqe: int = setting(
         0,
@@ -244,7 +244,7 @@ def evaluate_logs(config: LogsConfig) -> None:
     if config.show is not None:
         print(visible(show(policy, trajectories[config.show - 1], shown_first)))
         return
-    given = {name: getattr(config, name) for name in ("betas", "asks", "prompts", "kl_budget")}
+    given = {name: getattr(config, name) for name in ("betas", "asks", "prompts")}
     with progress_bar("replying", config.prompts) as progress:
         report = evaluate_offline(policy, trajectories, demonstrations=shown_first, progress=progress, **given)
     print(visible(str(report)))

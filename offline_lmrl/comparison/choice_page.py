@@ -44,7 +44,7 @@ def choice_contents(report: OfflineReport, origin: Mapping[str, Any]) -> dict[st
     values = {"contents": "choices.j2", "title": "Evaluation on held-out logs", "glance": glance, "drawing": None}
     values |= {"choices": [], "legend": LEGEND, "replies": []}
     if table is not None:
-        values["choices"] = [choice_cells(row, row.choice == report.chosen) for row in table.rows]
+        values["choices"] = [choice_cells(as_json(row), row.choice == report.chosen) for row in table.rows]
         values["replies"] = [
             {"": str(number), "prompt": prompt, **replies}
             for number, (prompt, replies) in enumerate(side_by_side(table, report.chosen), start=1)
@@ -94,8 +94,8 @@ def draw_choices(table: ChoiceTable, chosen: Choice | None) -> Drawing | None:
                 axes.vlines(x, row.advantage.low, row.advantage.high, color=colour, linewidth=1.2, alpha=0.4)
                 if row.choice == chosen:
                     axes.plot(x, y, marker="o", markersize=12, markerfacecolor="none", color=colour)
-                # Neighbours are often close together: every other name is below its marker.
-                offset = (6, 5) if number % 2 else (6, -12)
+                # Neighbours are often close together, so their names are on different sides of their markers.
+                offset = ((7, -3), (-24, -12), (-24, 5), (6, 6))[number % 4]
                 axes.annotate(str(row.choice), (x, y), xytext=offset, textcoords="offset points", fontsize=8)
         svg, png = files_of(figure)
     caption = (

@@ -1,45 +1,68 @@
 """The table of choices (choices.py) as text: its cells, what they mean, and replies of three choices side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from textwrap import wrap
 from typing import Any
 
 import numpy as np
 
-from offline_lmrl.evaluation.choices import Choice, ChoiceRow, ChoiceTable
+from offline_lmrl.evaluation.choices import Choice, ChoiceTable
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.logs.trajectory import Turn
 
 SIDE_BY_SIDE = 3  # prompts whose replies are shown
 
 
-def choice_cells(row: ChoiceRow, chosen: bool) -> dict[str, str]:
-    """Return the cells of a row in a table of choices: name of the column -> text, "–" for an unknown number."""
+# Columns of the table: name -> (field of `ChoiceRow`, its format). The second group is about text alone.
+GAIN = {
+    "realised [95%]": ("realised", "{:+.2f}"),
+    "gain [95%]": ("advantage", "{:+.2f}"),
+    "KL logged": ("kl_logged", "{:.2f}"),
+    "KL own": ("kl_token", "{:.2f}"),
+    "KL/reply": ("kl_reply", "{:.1f}"),
+    "broken": ("broken", "{:.0%}"),
+}
+TEXT = {
+    "log π": ("log_prob", "{:.2f}"),
+    "unlikely": ("unlikely", "{:.0%}"),
+    "repeated": ("repeated", "{:.0%}"),
+    "unfinished": ("unfinished", "{:.0%}"),
+    "empty": ("empty", "{:.0%}"),
+    "distinct-1": ("distinct_1", "{:.2f}"),
+    "distinct-2": ("distinct_2", "{:.2f}"),
+    "tokens": ("tokens", "{:.1f}"),
+}
 
-    def text(value: Estimate | float | None, form: str = "{:.2f}") -> str:
-        value = value.mean if isinstance(value, Estimate) else value
-        return "–" if value is None else form.format(value)
 
-    gain = row.advantage
-    interval = "" if gain is None or row.choice.is_plain else f" [{gain.low:+.2f}, {gain.high:+.2f}]"
-    return {
-        "choice": f"{row.choice}{' (chosen)' * chosen}",
-        "gain [95%]": text(gain, "{:.0f}" if row.choice.is_plain else "{:+.2f}") + interval,
-        "KL logged": text(row.kl_logged),
-        "KL own": text(row.kl_token),
-        "KL/reply": text(row.kl_reply, "{:.1f}"),
-        "log π": text(row.log_prob),
-        "unlikely": text(row.unlikely, "{:.0%}"),
-        "repeated": text(row.repeated, "{:.0%}"),
-        "unfinished": text(row.unfinished, "{:.0%}"),
-        "broken": text(row.broken, "{:.0%}"),
-        "distinct-2": text(row.distinct_2),
-        "tokens": text(row.tokens, "{:.1f}"),
-    }
+def choice_cells(row: Mapping[str, Any], chosen: bool) -> dict[str, str]:
+    """Return the cells of a row in a table of choices: name of the column -> text, "–" for an unknown number.
+
+    Args:
+      row: a `ChoiceRow` as `as_json` gives it.
+      chosen: True: mark the row as the one that was chosen.
+    """
+    cells = {"choice": f"{Choice(**row['choice'])}{' (chosen)' * chosen}"}
+    for name, (own, form) in (GAIN | TEXT).items():
+        value, interval = row[own], None
+        if isinstance(value, Mapping):
+            value, interval = value["mean"], value["interval"]
+        cells[name] = "–" if value is None else form.format(value)
+        if "[95%]" in name and interval is not None:
+            cells[name] += f" [{', '.join(map(form.format, interval))}]"
+    return cells
+
+
+def aligned(lines: Sequence[Mapping[str, str]], names: Sequence[str]) -> list[str]:
+    """Return a table as lines of text: a head, then one line per mapping with these of its cells."""
+    width = {name: max(len(name), *(len(line[name]) for line in lines)) for name in names}
+    shown = [{name: name for name in names}, *lines]
+    return ["  ".join(line[name].ljust(width[name]) for name in names).rstrip() for line in shown]
 
 
 LEGEND = (
+    "realised: what the logs earned more where the choice would have acted alike more often than β 0, in reward units "
+    "per log; Q has no part in it, and the choice follows it",
     "gain: expected return of the replies minus that of the replies of β 0 to the same prompts, by a regression that "
     "is fitted on these logs alone, in units of their rewards",
     "KL logged, KL own: KL(choice ‖ π) in nats per token, exact at the logged states, and from the tokens of the "
@@ -58,11 +81,10 @@ def choice_lines(table: ChoiceTable, chosen: Choice | None) -> list[str]:
       table: the table.
       chosen: the choice that is marked; None = none.
     """
-    cells = [choice_cells(row, row.choice == chosen) for row in table.rows]
-    width = {name: max(len(name), *(len(line[name]) for line in cells)) for name in cells[0]}
+    cells = [choice_cells(as_json(row), row.choice == chosen) for row in table.rows]
     lines = [f"replies to {len(table.prompts)} prompts of these logs:"]
-    for line in [{name: name for name in width}, *cells]:
-        lines.append("  " + "  ".join(text.ljust(width[name]) for name, text in line.items()).rstrip())
+    for names in (GAIN, TEXT):
+        lines += [f"  {line}" for line in aligned(cells, ["choice", *names])]
     for text in LEGEND:
         lines += wrap(text, 112, initial_indent="  ", subsequent_indent="    ")
     if table.held_out is None:

@@ -21,7 +21,7 @@ def row(choice, gain, broken):
     shares = {"unlikely": 0.0, "repeated": broken, "unfinished": 0.0, "empty": 0.0, "broken": broken}
     rest = {"distinct_1": 0.5, "distinct_2": 0.9, "tokens": one, "texts": (f"{choice} says", LOUD)}
     advantage = Estimate(gain, gain - 0.1, gain + 0.1, 40)
-    return ChoiceRow(choice, advantage, 0.1, 0.2, one, one, one, **shares, **rest)
+    return ChoiceRow(choice, advantage, one, 0.1, 0.2, one, one, one, **shares, **rest)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def report():
     agreement = rank_agreement([1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 1.0, 0.0], list("abcd"))
     table = ChoiceTable(rows, [(Turn("user", LOUD),), (Turn("user", "second"),)], agreement, 4)
     log_prob = Estimate(-2.0, float("-inf"), float("inf"), 3)
-    return OfflineReport(4, 90, {}, log_prob, 0.3, [], None, {"Q of a turn": agreement}, [], table, None, Choice(4.0))
+    return OfflineReport(4, 90, {}, log_prob, [], None, {"Q of a turn": agreement}, [], table, None, Choice(4.0))
 
 
 def test_the_page_needs_no_other_file_and_runs_nothing(report, tmp_path):
