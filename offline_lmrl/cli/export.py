@@ -20,8 +20,8 @@ class ExportConfig:
     output: Path = setting(REQUIRED, "Folder to write, which must not exist yet.")
     to: Literal["plain", "vllm"] = setting(
         "plain",
-        "Form of the export. plain: weights of the base model, for any engine, if guidance folds into them; vllm: the "
-        "run with its values, for vLLM with this package as a plugin.",
+        "Form of the export. plain: weights of the base model, for any engine; guidance is folded into them where "
+        "that is exact, else distilled; vllm: the run with its values, for vLLM with this package as a plugin.",
     )
     form: dict[str, Any] = setting(dict, "Settings of the form, such as --form.NAME VALUE.")
     prompts: str | None = setting(

@@ -5,7 +5,7 @@ does what all forms share: it plays run and export beside each other, and prints
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,12 +50,14 @@ class Written:
     card: the card (README.md) in Markdown, as lines; the comparison with the run is added.
     rows: measures with bounds that the form made itself while it wrote.
     usage: how to play the export, such as a command; printed last.
+    bounded: replaces `ExportForm.bounded` where the bounds depend on how the export was written.
     """
 
     lines: Sequence[str]
     card: Sequence[str]
     rows: Sequence[Row] = ()
     usage: Sequence[str] = ()
+    bounded: Callable[[Row], Row | None] | None = None
 
 
 class ExportForm(Protocol):
@@ -88,8 +90,8 @@ class ExportForm(Protocol):
           folder: the export.
         """
 
-    def bounded(self, row: Row) -> Row:
-        """Return a measure of the comparison with what this form expects of it, or as it is."""
+    def bounded(self, row: Row) -> Row | None:
+        """Return a measure of the comparison with what this form expects of it, or as it is; None = leave it out."""
 
 
 FORMS = {

@@ -91,7 +91,8 @@ def export_run(
             of_export = player and play(player, ids, greedy, decoding)
         del policy  # the form may have changed it
         trial = Trial(load(), prompts, ids, greedy, decoding, held_out.scorer)
-        beside = trial.compare(of_run, of_export, form.bounded) if of_export else Beside.unplayed()
+        bounded = written.bounded or form.bounded
+        beside = trial.compare(of_run, of_export, bounded) if of_export else Beside.unplayed()
         beside = beside.plus(written.rows)
         _require_bounds(beside, force)
         _write_card(temporary, written, beside, decoding)
