@@ -15,6 +15,7 @@ from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.export.beside import LOG_PROB, Player, Row
+from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.settings import build, nearest
 
 FEWEST = 20  # prompts from which an interval is believed
@@ -29,6 +30,7 @@ class Request:
     saved: the run metadata: the settings saved with the model.
     decoding: the decoding settings to reproduce.
     changes: fields of DecodingConfig that the caller gave over those saved with the run.
+    prompts: the dialogues that run and export reply to.
     device: device for the models; None = the first accelerator, else the CPU.
     force: True: an export that misses a bound, or cannot be played here, is written too.
     """
@@ -38,6 +40,7 @@ class Request:
     saved: Mapping[str, Any]
     decoding: DecodingConfig
     changes: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Sequence[Sequence[Turn]] = ()
     device: Any = None
     force: bool = False
 
@@ -96,6 +99,7 @@ class ExportForm(Protocol):
 
 FORMS = {
     "plain": "offline_lmrl.export.plain:Plain",
+    "transformers": "offline_lmrl.export.transformers:Transformers",
     "vllm": "offline_lmrl.export.vllm:VLLM",
 }
 

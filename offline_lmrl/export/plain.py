@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -47,6 +46,7 @@ from offline_lmrl.export.folder import EXAMPLE, prompt_section, set_generation, 
 from offline_lmrl.export.forms import Request, Written, samples_alike
 from offline_lmrl.export.playing import GeneratePlayer
 from offline_lmrl.export.prompts import HeldOut, data_of_run, encode_prompts, find_prompts
+from offline_lmrl.export.returns import add_return_tokens, return_names
 from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.step_outputs import compute_step_outputs
@@ -173,7 +173,7 @@ class Plain(Distillation):
         spelt: dict[int, int] = {}
         if policy.return_tokens is not None and policy.return_tokens.null:  # reserved ids, not text
             reserved = [policy.return_tokens.null[0], *(ids[0] for ids in policy.return_tokens.bins)]
-            names = _names(len(reserved))
+            names = return_names(len(reserved))
             tokens = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(names)
             spelt = dict(zip(reserved, tokens, strict=True))
         model = model.to(find_device(request.device)).eval()
@@ -189,7 +189,7 @@ def _write_exact(policy: LanguagePolicy, request: Request, folder: Path) -> Plai
     tokenizer = tokenizer_of(policy.renderer)
     embedding = policy.model.return_embedding
     table = None if embedding is None else embedding.rows()
-    ids = [] if table is None else _add_tokens(tokenizer, len(table))
+    ids = [] if table is None else add_return_tokens(tokenizer, len(table))
     rows = policy.model.get_input_embeddings().weight.shape[0]
     samples = _samples(policy, saved, ids)
     model = _plain_model(policy.model, decoding)
@@ -320,25 +320,6 @@ def _plain_model(model: PreTrainedModel, decoding: DecodingConfig) -> PreTrained
         # The run adds guidance after dividing by the temperature; engines divide last, so multiply it by that here.
         add_to_lm_head(model, (decoding.temperature or 1.0) * decoding.beta / head_scale(model) * rows)
     return model
-
-
-def _names(count: int) -> list[str]:
-    return ["<return_none>", *(f"<return_{b}>" for b in range(1, count))]
-
-
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """Add special tokens that request a return to a tokenizer, in place.
-
-    Args:
-      count: number of tokens: one for "no return requested", then one per bin of returns, lowest first.
-    Returns: the ids of the new tokens, in this order.
-    Raises: InputError if the tokenizer already has a token of one of these names.
-    """
-    names = _names(count)
-    if known := set(names) & set(tokenizer.get_vocab()):
-        raise InputError(f"tokenizer: found the token {min(known)}, expected no tokens with the names of returns")
-    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(names)
 
 
 def _drawing(decoding: DecodingConfig) -> dict[str, Any]:
