@@ -134,6 +134,13 @@ def test_a_resumed_run_counts_all_its_tokens(tmp_path, data):
     assert (resumed / "complete.json").read_text() == (straight / "complete.json").read_text()
 
 
+def test_settings_that_change_no_result_may_differ(tmp_path, data):
+    done = cloned(tmp_path / "run", data)
+    assert cloned(tmp_path / "run", data, save_total_limit=7, eval_strategy="epoch", run_name="other") == done
+    with pytest.raises(InputError, match="args.seed: found 42, expected 1"):
+        cloned(tmp_path / "run", data, seed=1)
+
+
 def test_a_dry_run_leaves_nothing_behind(tmp_path, data):
     before = sorted(tmp_path.iterdir())
     args = settings(tmp_path / "runs" / "new")
