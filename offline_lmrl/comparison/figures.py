@@ -307,7 +307,7 @@ def loss_against_steps(results: Results) -> tuple[Figure, str]:
     runs = [run for run in results.of("run") if run.get("training")]
     if not runs:
         raise Missing("no method here has logged a loss of agent tokens")
-    figure, axes = _axes(xlabel="optimizer steps", ylabel="−log π per agent token, nats")
+    figure, axes = new_axes(xlabel="optimizer steps", ylabel="−log π per agent token, nats")
     for run in runs:
         for name, style in (("loss", "-"), ("held_out", "--")):
             points = [(row["step"], row[name]) for row in run["training"] if name in row]
