@@ -41,6 +41,9 @@ def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "
         found = current(yaml.safe_load(file.read_text(encoding="utf-8")))
         if not isinstance(found, dict):
             raise TypeError("no mapping")
+    args = found.get("args") or {}
+    hidden = {name for name, value in args.items() if value == f"<{name.upper()}>"}  # numbers in runs of version 0.1
+    found = {**found, "args": args | {name: config["args"].get(name) for name in hidden}}
     found, config = _without_incidental(found), _without_incidental(config)
     other = differences(found, config)
     if all(_is_longer(name, *values) for name, values in other.items()):

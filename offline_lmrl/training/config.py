@@ -162,8 +162,14 @@ class BaseConfig(TrainingArguments):
         return load_model(path, trust_remote_code=trust_remote_code)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, as TrainingArguments does; a dataclass in a field becomes a dict."""
-        return {name: asdict(value) if is_dataclass(value) else value for name, value in super().to_dict().items()}
+        """Return the fields as plain values, as TrainingArguments does; a dataclass in a field becomes a dict.
+
+        TrainingArguments hides every field whose name ends in _token. Here only texts, such as hub_token, stay hidden.
+        """
+        shown = {name: value for name, value in vars(self).items() if isinstance(value, float | int)}
+        values = super().to_dict()
+        values |= {name: shown[name] for name in values if name.endswith("_token") and name in shown}
+        return {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 @dataclass
