@@ -39,7 +39,7 @@ def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "
         return "none"
     with reading(file, "the settings of a run; take another output_dir, or remove this one"):
         found = current(yaml.safe_load(file.read_text(encoding="utf-8")))
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not isinstance(found.get("args") or {}, dict):
             raise TypeError("no mapping")
     args = found.get("args") or {}
     hidden = {name for name, value in args.items() if value == f"<{name.upper()}>"}  # numbers in runs of version 0.1
