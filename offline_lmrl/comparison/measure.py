@@ -2,8 +2,8 @@
 
 A setting is a way of decoding together with the way in which β, the weight of value guidance, was chosen; each setting
 of an entry gives one row, whose fields report.py describes. Value-guided methods are measured at up to two values of
-β: one chosen from held-out logs alone (by a KL budget), and one chosen by its score on other episodes. β is never
-chosen on the reported episodes.
+β: one chosen from held-out logs alone (evaluation/choice_rule.py), and one chosen by its score on other episodes. β is
+never chosen on the reported episodes.
 """
 
 import json
@@ -21,6 +21,7 @@ from offline_lmrl.comparison.rows import Row
 from offline_lmrl.comparison.runs import PLANNED, Entry
 from offline_lmrl.decoding.planner import Planner
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.evaluation.choices import PROMPTS
 from offline_lmrl.evaluation.offline_report import OfflineReport, evaluate_offline
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 from offline_lmrl.logs.io import write_text
@@ -143,7 +144,8 @@ class Measurement:
         settings, logs = self.arena.evaluation, self.arena.validation()
         logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
         policy = self.player("sampled", 0.0)
-        return evaluate_offline(policy, logs, betas=self.entry.betas, kl_budget=settings.kl_budget)
+        with progress_bar(f"{self._title('sampled')}: choosing β offline", PROMPTS, self.arena.console) as progress:
+            return evaluate_offline(policy, logs, progress=progress, betas=self.entry.betas, asks=())
 
     def by_returns(self, decode: str) -> tuple[list[Row], int]:
         """Play the episodes for choosing β at each candidate.
@@ -166,7 +168,9 @@ class Measurement:
         """Choose β, and play the reported episodes in a setting."""
         beta, tried, tokens, calibration = 0.0, None, 0, None
         if setting.chosen == "offline":
-            tried, beta, calibration = self.logged.by_beta, self.logged.beta, self.logged.calibration
+            logged = self.logged
+            tried, calibration = logged.tried(), logged.calibration
+            beta = 0.0 if logged.chosen is None else logged.chosen.beta
         elif setting.chosen == "returns":
             tried, tokens = self.by_returns(setting.decode)
             beta = max(tried, key=lambda entry: (entry["score"], -entry["beta"]))["beta"]  # ties: the smaller β
