@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from offline_lmrl.evaluation.choices import ChoiceRow
 
 MORE_BROKEN = 0.05  # a share of replies
+RULE = (
+    f"the largest realised advantage, cautiously taken between the estimate and the lower end of its interval, among "
+    f"choices with at most {MORE_BROKEN:.0%} more broken replies than β 0; β 0 if none is above 0"
+)
 
 
 def choose(rows: Sequence[ChoiceRow]) -> ChoiceRow:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
 from offline_lmrl.errors import InputError, reading_pretrained, require
+from offline_lmrl.logs.hub import ask_hub
 from offline_lmrl.logs.trajectory import ROLES
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -35,6 +36,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
 
     Raises: InputError if there is no tokenizer.
     """
+    ask_hub(name, "tokenizer", "tokenizer_config.json")
     with reading_pretrained(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         config = get_tokenizer_config(name, trust_remote_code=trust_remote_code)
