@@ -17,8 +17,8 @@ from offline_lmrl.evaluation.choices import ChoiceRow
 
 MORE_BROKEN = 0.05  # a share of replies
 RULE = (
-    f"the largest realised advantage, cautiously taken between the estimate and the lower end of its interval, among "
-    f"choices with at most {MORE_BROKEN:.0%} more broken replies than β 0; β 0 if none is above 0"
+    f"the largest realised advantage less half its standard error, among choices with at most {MORE_BROKEN:.0%} more "
+    "broken replies than β 0; β 0 if none is above 0"
 )
 
 
