@@ -41,6 +41,7 @@ COMMANDS = {
     "export": Entry("export:export", "write a run in a form that other engines play, after playing both", ("run",)),
     "compare": Entry("train:compare", "train and evaluate methods over several seeds; write a report"),
     "report": Entry("train:report", "draw the runs of one or several folders in one report", ("folders",)),
+    "plot": Entry("train:plot", "draw the losses and other metrics of one or several runs", ("runs",)),
     "relabel": Entry("score:relabel", "score logs with a reward model, rules, or a mix of scorers", ("data",)),
     "select": Entry("score:select", "write the pairs on which an ensemble disagrees most, to label next", ("data",)),
     "config": Entry("data:config", "list the shipped configs or print one", ("name",)),
