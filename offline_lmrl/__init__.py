@@ -27,6 +27,8 @@ _HOMES = {
     "load_model": "models.loading",
     "DecodingConfig": "decoding.sampler",
     "LanguagePolicy": "decoding.policy",
+    "Watch": "evaluation.while_training",
+    "WatchConfig": "evaluation.while_training",
     "make_environment": "tasks",
     "rollout": "environments.rollouts",
     "BCConfig": "algorithms.behaviour_cloning",

@@ -49,7 +49,7 @@ FOREIGN = (
 # `evaluate RUN` of version 0.1: name of the command that has these flags now -> the flags; all others are in both.
 EVALUATE = {
     "play": "environment settings episodes seed repeats cluster batch_size output asks planner".split(),
-    "logs": "data split reward betas kl_budget fqe show".split(),
+    "logs": "data split reward betas fqe show".split(),
 }
 CHOSEN = "methods"  # the mapping whose keys are names that users chose
 

@@ -22,7 +22,8 @@ RANKS = {
     "training": 5,
     "tasks": 6,
     "algorithms": 6,
-    "run": 7,
+    "run_folder": 7.5,  # above evaluation: a training may be measured while it runs
+    "run": 7.6,
     "evaluation": 7,
     "export": 8,
     "comparison": 8,

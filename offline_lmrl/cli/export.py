@@ -18,10 +18,11 @@ class ExportConfig:
 
     run: str = setting(REQUIRED, "Run directory.")
     output: Path = setting(REQUIRED, "Folder to write, which must not exist yet.")
-    to: Literal["plain", "vllm"] = setting(
+    to: Literal["plain", "transformers", "vllm"] = setting(
         "plain",
-        "Form of the export. plain: weights of the base model, for any engine, if guidance folds into them; vllm: the "
-        "run with its values, for vLLM with this package as a plugin.",
+        "Form of the export. plain: weights of the base model, for any engine; guidance is folded into them where "
+        "that is exact, else distilled; transformers: base weights, heads, and a `custom_generate` that decodes as "
+        "the run does; vllm: the run with its values, for vLLM with this package as a plugin.",
     )
     form: dict[str, Any] = setting(dict, "Settings of the form, such as --form.NAME VALUE.")
     prompts: str | None = setting(

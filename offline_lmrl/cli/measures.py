@@ -172,7 +172,11 @@ class LogsConfig(OpenedRun):
         None, "Column that holds the score of a row; null = `reward`, or `label` in rows with a prompt."
     )
     betas: tuple[float, ...] = setting(
-        (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "Weights of value guidance to try; 0, none, is always among them."
+        (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+        "Weights of value guidance to try; 0, none, is always among them. One is chosen: the one with the largest "
+        "realised advantage (what the logs earned where it would have acted alike; taken cautiously, between the "
+        "estimate and the lower end of its interval), among those with at most 5% more broken replies than β 0; β 0 "
+        "if none is above 0.",
     )
     asks: tuple[float | str, ...] | None = setting(
         None,
@@ -183,10 +187,6 @@ class LogsConfig(OpenedRun):
         50,
         "Number of contexts of these logs to which every β and requested return replies, with equal seeds; 0 = print "
         "only what the logged tokens show.",
-    )
-    kl_budget: float = setting(
-        0.3,
-        "Limit on the KL from the unguided policy, in nats per token; the largest of betas within it is recommended.",
     )
     fqe: int = setting(
         0,
@@ -201,6 +201,12 @@ class LogsConfig(OpenedRun):
         "Trajectories that serve as few-shot demonstrations of the same task, as many as in training, before each "
         "log; null = those of training.",
     )
+    output: Path | None = setting(
+        None,
+        "JSON file (.json) for all measures, beside which a page with the same name is written; or a folder for "
+        "choices.json and choices.html. The page draws expected gain against text quality (extra `plots`) and shows "
+        "replies side by side. null = no output.",
+    )
 
     def __post_init__(self) -> None:
         from offline_lmrl.tokens.conditioning import check_ask
@@ -210,6 +216,10 @@ class LogsConfig(OpenedRun):
             raise InputError(f"prompts: found {self.prompts}, expected 0 (no replies) or more")
         for ask in self.asks or ():
             check_ask(ask)
+        if self.output is not None and self.output.suffix not in ("", ".json"):
+            raise InputError(f"output: found {self.output}, expected a folder or a file that ends in .json")
+        if self.output is not None and self.show is not None:
+            raise InputError("output: found it with --show, expected only one of them")
 
 
 def evaluate_logs(config: LogsConfig) -> None:
@@ -222,6 +232,8 @@ def evaluate_logs(config: LogsConfig) -> None:
         raise InputError(
             f"data: found comparisons in {config.data}, expected trajectories; `evaluate scorer` takes comparisons"
         )
+    if config.output is not None:
+        check_output(config.output, config.data, config.demonstrations, is_file=bool(config.output.suffix))
     counts: Counter[str] = Counter()
     trajectories = read_trajectories(config.data, split=config.split, counts=counts, reward=config.reward)
     print_counts(config.data, counts)
@@ -232,10 +244,15 @@ def evaluate_logs(config: LogsConfig) -> None:
     if config.show is not None:
         print(visible(show(policy, trajectories[config.show - 1], shown_first)))
         return
-    given = {name: getattr(config, name) for name in ("betas", "asks", "prompts", "kl_budget")}
+    given = {name: getattr(config, name) for name in ("betas", "asks", "prompts")}
     with progress_bar("replying", config.prompts) as progress:
         report = evaluate_offline(policy, trajectories, demonstrations=shown_first, progress=progress, **given)
     print(visible(str(report)))
+    if config.output is not None:
+        from offline_lmrl.comparison.choice_page import write_choices
+
+        origin = {"run": config.run, "data": config.data, "decoding": policy.decoding.to_dict()}
+        print(f"written: {write_choices(report, config.output, origin)}")
 
     from offline_lmrl.evaluation.off_policy import FitConfig, fitted_q_evaluation, importance_sampling
 

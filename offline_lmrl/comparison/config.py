@@ -51,12 +51,11 @@ class EvaluationConfig:
     first_seed: int = setting(0, "First episode seed; the seeds are first_seed .. first_seed + episodes − 1.")
     repeats: int = setting(1, "Decoding seeds per episode seed in sampled play; greedy play has one.")
     betas: tuple[float, ...] = setting((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "Candidates for β, for value-guided methods.")
-    kl_budget: float = setting(
-        0.3,
-        "Limit for choosing β offline, in nats per token: the largest β whose mean KL(guided ‖ π) on logged "
-        "validation states is within it.",
+    offline_rows: int = setting(
+        200,
+        "Validation rows on which β is chosen offline: the one with the largest realised advantage, "
+        "cautiously taken, whose replies are not broken more often; see `offline-lmrl evaluate logs --help`.",
     )
-    offline_rows: int = setting(200, "Validation rows used to choose β offline.")
     selection: SelectionConfig | None = setting(
         None,
         "Episodes on which β is also chosen by returns; null = β is chosen offline only.",
@@ -80,7 +79,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         require_at_least(self, "evaluation.", episodes=1, repeats=1, offline_rows=1, batch_size=1)
-        require_at_least(self, "evaluation.", first_seed=0, kl_budget=0)
+        require_at_least(self, "evaluation.", first_seed=0)
         require(
             min(self.betas, default=-1) >= 0,
             f"evaluation.betas: found {list(self.betas)}, expected at least one number, none below 0",

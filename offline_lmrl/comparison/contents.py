@@ -59,6 +59,7 @@ def page_contents(
         "data, sha256": origin["data"],
     }
     return {
+        "contents": "page.j2",
         "title": f"Comparison on {config['environment']['name']}",
         "glance": glance(results),
         "drawings": {drawing.name: drawing for drawing in drawings},

@@ -84,7 +84,7 @@ def draw(results: Results) -> tuple[list[Drawing], dict[str, str]]:
             except Missing as reason:
                 missing[title] = str(reason)
                 continue
-            drawings.append(Drawing(name, title, caption, *_files(figure)))
+            drawings.append(Drawing(name, title, caption, *files_of(figure)))
     return drawings, missing | NEVER
 
 
@@ -114,7 +114,7 @@ def _check_shows_something(figure: Figure) -> None:
         raise Missing(f"“{label}” is nearly the same everywhere: from {least} to {most}")
 
 
-def _files(figure: Figure) -> tuple[str, bytes]:
+def files_of(figure: Figure) -> tuple[str, bytes]:
     svg, png = io.StringIO(), io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date would change the bytes every time
     figure.savefig(svg, format="svg", metadata=nothing)
@@ -122,7 +122,7 @@ def _files(figure: Figure) -> tuple[str, bytes]:
     return svg.getvalue(), png.getvalue()
 
 
-def _axes(height: float = 3.4, **labels: str) -> tuple[Figure, Axes]:
+def new_axes(height: float = 3.4, **labels: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -199,7 +199,7 @@ def score_per_method(results: Results) -> tuple[Figure, str]:
     keys = list(results.groups)
     if not keys:
         raise Missing("no method has been measured yet")
-    figure, axes = _axes(0.34 * len(keys) + 1.1, xlabel="score")
+    figure, axes = new_axes(0.34 * len(keys) + 1.1, xlabel="score")
     _level(results, axes.axvline)
     for place, key in enumerate(keys):
         estimate, style = results.estimates[key], _marker(results, key)
@@ -217,7 +217,7 @@ def score_per_method(results: Results) -> tuple[Figure, str]:
 
 
 def return_against_kl(results: Results) -> tuple[Figure, str]:
-    figure, axes = _axes(xlabel="√KL(decoding ‖ policy), √nats per episode", ylabel="score")
+    figure, axes = new_axes(xlabel="√KL(decoding ‖ policy), √nats per episode", ylabel="score")
     keys = [key for key, runs in results.groups.items() if all(run.get("kl") is not None for run in runs)]
     if not keys:
         raise Missing("no row has a KL, which only sampled play of a language model gives")
@@ -261,7 +261,7 @@ def _against(results: Results, label: str, cost: Callable[[Row], float | None]) 
       label: name of the cost, for the x axis.
       cost: function from a run (a row of results.jsonl) to its cost; None = unknown, and its key is left out.
     """
-    figure, axes = _axes(xlabel=label, ylabel="score")
+    figure, axes = new_axes(xlabel=label, ylabel="score")
     _level(results, axes.axhline)
     costs = {key: [cost(run) for run in runs] for key, runs in results.groups.items()}
     known = {key: mean_of(numbers) for key, numbers in costs.items() if None not in numbers}
@@ -301,6 +301,21 @@ def return_against_training(results: Results) -> tuple[Figure, str]:
     return axes.figure, (
         f"A token counts each time it is read, also in runs that a method starts or learns from. {LEVELS}"
     )
+
+
+def loss_against_steps(results: Results) -> tuple[Figure, str]:
+    runs = [run for run in results.of("run") if run.get("training")]
+    if not runs:
+        raise Missing("no method here has logged a loss of agent tokens")
+    figure, axes = new_axes(xlabel="optimizer steps", ylabel="−log π per agent token, nats")
+    for run in runs:
+        for name, style in (("loss", "-"), ("held_out", "--")):
+            points = [(row["step"], row[name]) for row in run["training"] if name in row]
+            if points:
+                colour = colours(results)[run["method"]]
+                axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=0.9, alpha=0.8)
+    _legend(figure, results, [Key(run["method"], "sampled", "offline") for run in runs])
+    return figure, "One line per training seed: in training (solid) and of the validation data (dashed)."
 
 
 def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
@@ -346,7 +361,7 @@ def achieved_against_asked(results: Results) -> tuple[Figure, str]:
     keys = [key for key, runs in results.groups.items() if all("ask" in run["labels"] for run in runs)]
     if not keys:
         raise Missing("no method here has a requested return; `evaluate play --asks` draws the curve of a single run")
-    figure, axes = _axes(xlabel="requested return", ylabel="achieved return")
+    figure, axes = new_axes(xlabel="requested return", ylabel="achieved return")
     asked = [mean_of(run["labels"]["ask"] for run in results.groups[key]) for key in keys]
     axes.axline((asked[0], asked[0]), slope=1, color="#8a9199", linestyle=":", linewidth=1.2)
     for x, key in zip(asked, keys, strict=True):
@@ -362,7 +377,7 @@ def calibration_of_q(results: Results) -> tuple[Figure, str]:
     runs = [run for run in results.of("run") if run.get("calibration") and run["decode"] == "sampled"]
     if not runs:
         raise Missing("no row has Q and realised returns: no method has value heads, or all held-out logs are cut")
-    figure, axes = _axes(xlabel="Q of the logged token", ylabel="realised return")
+    figure, axes = new_axes(xlabel="Q of the logged token", ylabel="realised return")
     lowest = min(entry["q"] for run in runs for entry in run["calibration"])
     axes.axline((lowest, lowest), slope=1, color="#8a9199", linestyle=":", linewidth=1.2)
     for run in runs:
@@ -383,7 +398,7 @@ def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
     if not found:
         raise Missing("fewer than two settings have the score of every episode")
     keys = list(dict.fromkeys(key for pair in found for key in pair))
-    figure, axes = _axes(0.42 * len(keys) + 1.6)
+    figure, axes = new_axes(0.42 * len(keys) + 1.6)
     shares = np.array([[found[a, b].mean if (a, b) in found else math.nan for b in keys] for a in keys])
     places = np.arange(len(keys) + 1) - 0.5
     axes.pcolormesh(places, places, np.ma.masked_invalid(shares), cmap="PuOr", vmin=0, vmax=1, alpha=0.75)
@@ -408,6 +423,7 @@ def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
 FIGURES: dict[str, tuple[str, Callable[[Results], tuple[Figure, str]]]] = {
     "score": ("Score per method", score_per_method),
     "kl": ("Return against √KL", return_against_kl),
+    "training": ("Loss in training", loss_against_steps),
     "environment_steps": ("Return against environment steps", partial(return_against_play, "environment_steps")),
     "reward_queries": ("Return against reward queries", partial(return_against_play, "reward_queries")),
     "training_tokens": ("Return against training tokens", return_against_training),

@@ -2,8 +2,8 @@
 
 A setting is a way of decoding together with the way in which β, the weight of value guidance, was chosen; each setting
 of an entry gives one row, whose fields report.py describes. Value-guided methods are measured at up to two values of
-β: one chosen from held-out logs alone (by a KL budget), and one chosen by its score on other episodes. β is never
-chosen on the reported episodes.
+β: one chosen from held-out logs alone (evaluation/choice_rule.py), and one chosen by its score on other episodes. β is
+never chosen on the reported episodes.
 """
 
 import json
@@ -21,12 +21,13 @@ from offline_lmrl.comparison.rows import Row
 from offline_lmrl.comparison.runs import PLANNED, Entry
 from offline_lmrl.decoding.planner import Planner
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.evaluation.choices import PROMPTS
 from offline_lmrl.evaluation.offline_report import OfflineReport, evaluate_offline
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 from offline_lmrl.logs.io import write_text
 from offline_lmrl.logs.terminal import progress_bar, visible
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.run import COMPLETE, read_report, runs_before
+from offline_lmrl.run_folder import COMPLETE, read_report, runs_before
 from offline_lmrl.tasks import make_environment
 from offline_lmrl.training.metrics import read_metrics
 
@@ -143,7 +144,8 @@ class Measurement:
         settings, logs = self.arena.evaluation, self.arena.validation()
         logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
         policy = self.player("sampled", 0.0)
-        return evaluate_offline(policy, logs, betas=self.entry.betas, kl_budget=settings.kl_budget)
+        with progress_bar(f"{self._title('sampled')}: choosing β offline", PROMPTS, self.arena.console) as progress:
+            return evaluate_offline(policy, logs, progress=progress, betas=self.entry.betas, asks=())
 
     def by_returns(self, decode: str) -> tuple[list[Row], int]:
         """Play the episodes for choosing β at each candidate.
@@ -166,7 +168,9 @@ class Measurement:
         """Choose β, and play the reported episodes in a setting."""
         beta, tried, tokens, calibration = 0.0, None, 0, None
         if setting.chosen == "offline":
-            tried, beta, calibration = self.logged.by_beta, self.logged.beta, self.logged.calibration
+            logged = self.logged
+            tried, calibration = logged.tried(), logged.calibration
+            beta = 0.0 if logged.chosen is None else logged.chosen.beta
         elif setting.chosen == "returns":
             tried, tokens = self.by_returns(setting.decode)
             beta = max(tried, key=lambda entry: (entry["score"], -entry["beta"]))["beta"]  # ties: the smaller β
@@ -226,6 +230,7 @@ def result_row(output: Path, evaluation: EvaluationConfig, entry: Entry, played:
         "cells": result.cells(),
         "scores": result.scores(),
         "curve": learning_curve(metrics) if setting.decode == "sampled" else [],
+        "training": training_curve(metrics) if setting.decode == "sampled" else [],
         "samples": [{name: sample[name] for name in ("seed", "score", "turns")} for sample in samples],
     }
 
@@ -297,6 +302,25 @@ def learning_curve(metrics: Sequence[Row]) -> list[Row]:
     """
     rows = [{name: row[name] for name in CURVE} for row in metrics if "environment_steps" in row]
     # k = ⌈len / CURVE_POINTS⌉, or 1 if there are no rows
+    return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
+
+
+def training_curve(metrics: Sequence[Row]) -> list[Row]:
+    """Return the loss per agent token of a run that learnt from logs, against its steps; empty for other runs.
+
+    Args:
+      metrics: the rows of its metrics.jsonl. Of a long run, only every k-th one is kept, at most CURVE_POINTS.
+    Returns: one mapping per row: `step`; and −log π in nats, in training as `loss` or of held-out data as `held_out`.
+    """
+    names = {"loss/policy": "loss", "eval_loss/policy": "held_out"}
+    if not any("loss/policy" in row for row in metrics):
+        names = {"loss": "loss", "eval_loss": "held_out"}  # the loss has one part
+    rows = [
+        {"step": row["step"], title: row[name]}
+        for row in metrics
+        for name, title in names.items()
+        if name in row and "environment_steps" not in row
+    ]
     return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
 
 

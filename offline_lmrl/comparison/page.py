@@ -74,9 +74,10 @@ def write_report(
 
 
 def render(name: str, values: Mapping[str, Any]) -> str:
-    """Return the page in one format: "report.md", or "report.html", which holds its styles and figures and no scripts.
+    """Return a page in one format: "report.md", or "report.html", which holds its styles and figures and no scripts.
 
-    All values are escaped for HTML unless a filter returns finished text, as those of Markdown do.
+    The value `contents` names the template of what the page shows. All values are escaped for HTML unless a filter
+    returns finished text, as those of Markdown do.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

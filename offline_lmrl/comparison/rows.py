@@ -33,7 +33,7 @@ NEEDED = {
 
 # Version of the rows. Increase it when a code change makes the same settings train or play differently: rows of the
 # old version are then refused instead of being mixed with new ones.
-SCHEME = 2
+SCHEME = 3
 
 Row = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ import torch
 from offline_lmrl.decoding.batch import Batch, Request, Row, form_and_reads
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.constraints import TokenTrie
-from offline_lmrl.decoding.prompts import Prompts
+from offline_lmrl.decoding.prompts import Prompts, evaluating
 from offline_lmrl.decoding.texts import TextStream
 from offline_lmrl.logs.protocols import Reply
 
@@ -61,8 +61,6 @@ class TokenEvent(NamedTuple):
 class SamplingLoop:
     """A loop that draws replies token by token, for one thread at a time.
 
-    The model has to be in eval mode.
-
     Args:
       sampler: the model, the renderer and what ends a reply; the settings of a reply are those of its request.
       memory: the caches of earlier replies. A new prompt is read from where the one that holds most of it ends. None =
@@ -103,10 +101,9 @@ class SamplingLoop:
           is added then.
         """
         sampler, rows = self.sampler, []
-        frame = sampler.renderer.reply_frame
         for i, request in enumerate(requests):
             options = sampler.options.encode(request.options, request.config.max_new_tokens)
-            text = TextStream(sampler.renderer.decode, request.config.stop, frame)
+            text = TextStream(sampler.renderer, request.config.stop)
             key = self.next_key + i if keys is None else keys[i]
             source = None if keys is None else key
             rows.append(Row(key, request, sampler.checked(request.config), text, options, source))
@@ -136,15 +133,9 @@ class SamplingLoop:
         Returns: the new tokens, in order within each row.
         """
         events = []
-        for batch in self._draw(tokens, follow=True):
-            for row in batch.rows:
-                first = len(row.tokens) - len(row.pieces)
-                top = row.top[first:] if row.request.top else [[]] * len(row.pieces)
-                for place, (piece, best) in enumerate(zip(row.pieces, top, strict=False), first):
-                    finished = row.finished if place + 1 == row.count else None
-                    numbers = row.tokens[place], row.log_prob[place], row.policy_log_prob[place]
-                    events.append(TokenEvent(row.key, *numbers, piece, finished, best))
-                row.pieces = []
+        with evaluating(self.sampler.model):
+            for batch in self._draw(tokens, follow=True):
+                events += [event for row in batch.rows for event in _events(row)]
         self.left = []
         return events
 
@@ -250,3 +241,14 @@ class SamplingLoop:
             if row.source not in (None, row.key) and row.source in self.memory.rows:
                 if self.memory.is_continued(row.source, [*row.request.prompt, *row.tokens]):
                     self.memory.drop([row.source, ~row.source])
+
+
+def _events(row: Row) -> list[TokenEvent]:
+    """Return the events of the tokens of a row that were decoded since the last call."""
+    events, first = [], len(row.tokens) - len(row.pieces)
+    for place, piece in enumerate(row.pieces, first):
+        finished = row.finished if place + 1 == row.count else None
+        numbers = row.tokens[place], row.log_prob[place], row.policy_log_prob[place]
+        events.append(TokenEvent(row.key, *numbers, piece, finished, row.top[place] if row.request.top else []))
+    row.pieces = []
+    return events

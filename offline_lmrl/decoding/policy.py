@@ -7,7 +7,7 @@ the folder of a trained model. Under the null condition, a return-conditioned mo
 import copy
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.asks import ReturnRequests
+from offline_lmrl.decoding.batch import Request
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import reduce_q, support_filter
+from offline_lmrl.decoding.loop import SamplingLoop
 from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler
 from offline_lmrl.errors import InputError, reading_pretrained, shown
+from offline_lmrl.logs.messages import read_dialogue
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -113,7 +116,7 @@ class LanguagePolicy:
     def _set_decoding(self, decoding: DecodingConfig) -> None:
         self.decoding, self.sampler = decoding, Sampler(self.model, self.renderer, decoding)
         self.return_requests([decoding.ask])  # raises now if the model cannot be given this request
-        self.shared_few_shot = self.few_shot_ids_of(self.few_shot)
+        self.shared_few_shot = few_shot_ids_of(self, self.few_shot)
 
     @classmethod
     def load(
@@ -174,35 +177,39 @@ class LanguagePolicy:
         if few_shot is not None and len(few_shot) != len(seeds):
             raise InputError(f"few_shot: found {len(few_shot)}, expected one for each of {len(seeds)} rows")
         asks = [self.decoding.ask] * len(seeds) if asks is None else asks
-        read = [self.shared_few_shot] * len(seeds) if few_shot is None else list(map(self.few_shot_ids_of, few_shot))
+        read = (
+            [self.shared_few_shot] * len(seeds)
+            if few_shot is None
+            else [few_shot_ids_of(self, own) for own in few_shot]
+        )
         return LanguageSession(self, seeds, asks, read)
 
-    def few_shot_ids_of(self, demonstrations: Sequence[Trajectory] | None) -> FewShotIds:
-        """Return the token ids of these few-shot demonstrations; None gives no ids.
+    def request(self, dialogue: str | Sequence[Turn | Mapping[str, Any]], seed: int = 0, **changes: Any) -> Request:
+        """Return the request for the reply to a dialogue, which a `SamplingLoop` of this policy's sampler draws.
 
-        If random parts of demonstrations are shown (`FewShotConfig.part`), the same list always gives the same parts.
-
-        Raises: InputError if this is not a list of demonstrations, if it is empty, or if it leaves no space for a
-          reply.
+        Args:
+          dialogue: the turns so far: a list of messages, such as {"role": "user", "content": "Hi"}, or of turns; or
+            one text of the user.
+          seed: the seed of the reply's random numbers.
+          changes: fields of DecodingConfig that differ for this reply.
+        Raises: InputError if this is no dialogue, or as `with_decoding` does.
         """
-        if demonstrations is None:
-            return NO_FEW_SHOT
-        if isinstance(demonstrations, Trajectory) or not demonstrations:
-            found = "one trajectory" if isinstance(demonstrations, Trajectory) else "an empty list"
-            raise InputError(f"few_shot: found {found}, expected a list of demonstrations, or None for none")
-        rng = np.random.default_rng(self.spec.seed)
-        shown = [self.spec.cut(demonstration, rng) for demonstration in demonstrations]
-        tokens = self.return_tokens
-        kinds = (None, None) if tokens is None else (tokens.of_log, tokens.nulls)
-        with_returns, without_returns = (few_shot_ids(shown, self.renderer, kind) for kind in kinds)
-        rule, reply = self.window, self.decoding.max_new_tokens
-        free = rule.max_length - len(self.renderer.preamble_of(())) - len(self.renderer.agent_opening) - reply
-        if len(with_returns) > free:
-            raise InputError(
-                f"few_shot: found {len(with_returns)} tokens, expected at most {free}, as max_length "
-                f"({rule.max_length}) also has to hold a reply of max_new_tokens ({reply})"
-            )
-        return FewShotIds(with_returns, without_returns)
+        policy = self.with_decoding(**changes) if changes else self
+        (prompt,) = policy.start([seed]).prompts([0], [read_dialogue(dialogue, "dialogue", "messages")])
+        return Request(prompt, seed, policy.decoding)
+
+    def stream(
+        self, dialogue: str | Sequence[Turn | Mapping[str, Any]], seed: int = 0, **changes: Any
+    ) -> Iterator[str]:
+        """Yield the reply to a dialogue in pieces of text, as soon as each is final; arguments as for `request`."""
+        loop = SamplingLoop(self.sampler)
+        loop.add([self.request(dialogue, seed, **changes)])
+        while len(loop):
+            yield from (event.text for event in loop.step() if event.text)
+
+    def chat(self, dialogue: str | Sequence[Turn | Mapping[str, Any]], seed: int = 0, **changes: Any) -> str:
+        """Return the reply to a dialogue; arguments as for `request`."""
+        return "".join(self.stream(dialogue, seed, **changes))
 
     def null_window(self, turns: Sequence[Turn], reserve: int, few_shot: Ids | None = None) -> list[int]:
         """Return the ids that the policy sees before its next turn, under the null condition (no requested return).
@@ -261,6 +268,34 @@ class LanguagePolicy:
                 "(algorithm: return_conditioned)"
             )
         return None
+
+
+def few_shot_ids_of(policy: LanguagePolicy, demonstrations: Sequence[Trajectory] | None) -> FewShotIds:
+    """Return the token ids of these few-shot demonstrations; None gives no ids.
+
+    If random parts of demonstrations are shown (`FewShotConfig.part`), the same list always gives the same parts.
+
+    Raises: InputError if this is not a list of demonstrations, if it is empty, or if it leaves no space for a
+      reply.
+    """
+    if demonstrations is None:
+        return NO_FEW_SHOT
+    if isinstance(demonstrations, Trajectory) or not demonstrations:
+        found = "one trajectory" if isinstance(demonstrations, Trajectory) else "an empty list"
+        raise InputError(f"few_shot: found {found}, expected a list of demonstrations, or None for none")
+    rng = np.random.default_rng(policy.spec.seed)
+    shown = [policy.spec.cut(demonstration, rng) for demonstration in demonstrations]
+    tokens = policy.return_tokens
+    kinds = (None, None) if tokens is None else (tokens.of_log, tokens.nulls)
+    with_returns, without_returns = (few_shot_ids(shown, policy.renderer, kind) for kind in kinds)
+    rule, reply = policy.window, policy.decoding.max_new_tokens
+    free = rule.max_length - len(policy.renderer.preamble_of(())) - len(policy.renderer.agent_opening) - reply
+    if len(with_returns) > free:
+        raise InputError(
+            f"few_shot: found {len(with_returns)} tokens, expected at most {free}, as max_length "
+            f"({rule.max_length}) also has to hold a reply of max_new_tokens ({reply})"
+        )
+    return FewShotIds(with_returns, without_returns)
 
 
 class RequestValues:
@@ -428,15 +463,8 @@ class LanguageSession:
           options: the only texts allowed for each row's reply; None = any text.
         Returns: one reply per row.
         """
-        return_ids: list[list[Ids] | None] = [None] * len(rows)
-        if self.requests is not None:
-            return_ids = list(map(self.requests.before_reply, rows, histories, self._values(rows, histories)))
-        policy, few_shot = self.policy, [self.few_shot_ids[row] for row in rows]
-        replies = policy.sampler.sample(
-            [
-                policy_window(history, policy.renderer, policy.window, policy.decoding.max_new_tokens, own, shown)
-                for history, own, shown in zip(histories, return_ids, few_shot, strict=True)
-            ],
+        replies = self.policy.sampler.sample(
+            self.prompts(rows, histories),
             [self.seeds[row] for row in rows],
             [self.drawn[row] for row in rows],
             options,
@@ -446,6 +474,22 @@ class LanguageSession:
         for row, reply in zip(rows, replies, strict=True):
             self.drawn[row] += len(reply.log_prob)
         return replies
+
+    def prompts(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> list[list[int]]:
+        """Return the ids that the policy sees before the next agent turn of each row, and record what is requested.
+
+        Args:
+          rows: rows of the session.
+          histories: all turns so far of each row.
+        """
+        return_ids: list[list[Ids] | None] = [None] * len(rows)
+        if self.requests is not None:
+            return_ids = list(map(self.requests.before_reply, rows, histories, self._values(rows, histories)))
+        policy, few_shot = self.policy, [self.few_shot_ids[row] for row in rows]
+        return [
+            policy_window(history, policy.renderer, policy.window, policy.decoding.max_new_tokens, own, shown)
+            for history, own, shown in zip(histories, return_ids, few_shot, strict=True)
+        ]
 
     def _values(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> list[float | None]:
         """Compute the requested returns that depend on the dialogue before this turn, under the null condition.

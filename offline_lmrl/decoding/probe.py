@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.cache import is_kept_per_token, new_cache
-from offline_lmrl.decoding.prompts import CachedModel
-from offline_lmrl.decoding.sampler import evaluating
+from offline_lmrl.decoding.prompts import CachedModel, evaluating
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import without_adapter
 from offline_lmrl.models.guided import Guided

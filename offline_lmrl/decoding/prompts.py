@@ -6,6 +6,7 @@ place. Cache and outputs then have 2 · B rows; those under the null condition c
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -241,6 +242,19 @@ class CachedModel:
         mask = rows.mask[chosen, : rows.width] & own
         keys, ids = self.streams_of(keys, ids, rows.streams)
         memory.store_cache(keys, ids, rows.cache, rows.in_cache(chosen), mask.repeat(rows.streams, 1))
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """A context manager that puts a model in eval mode and restores each module's mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass

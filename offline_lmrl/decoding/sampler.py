@@ -13,8 +13,7 @@ their place. The second stream gives π(a|s), on which the filters then act, and
 null condition.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.constraints import OptionIds
 from offline_lmrl.decoding.loop import SamplingLoop
-from offline_lmrl.decoding.prompts import CachedModel, Prompts
+from offline_lmrl.decoding.prompts import CachedModel, Prompts, evaluating
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.models.adapters import part_of
@@ -155,15 +154,3 @@ class Sampler:
             memory.keep_only([*keys, *(~key for key in keys)])
         reserve = [self.config.max_new_tokens] * len(prompts)
         return Prompts(self.cached_model, [list(prompt) for prompt in prompts], keys, memory, streams, reserve)
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """A context manager that puts a model in eval mode and restores each module's mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

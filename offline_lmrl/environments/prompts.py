@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from offline_lmrl.errors import InputError, require, shown
 from offline_lmrl.logs.io import parsed, raw_splits
-from offline_lmrl.logs.messages import read_request
+from offline_lmrl.logs.messages import read_dialogue
 from offline_lmrl.logs.preferences import score_rows
 from offline_lmrl.logs.protocols import Scorer, StepResult, import_object
-from offline_lmrl.logs.record import Record
-from offline_lmrl.logs.trajectory import Turn, finite, messages_of
+from offline_lmrl.logs.trajectory import Turn, finite
 
 SLOW = 2.0  # seconds of scoring after which a progress bar appears
 
@@ -56,7 +55,11 @@ class PromptEnvironment:
     ):
         require(batch_size >= 1, f"batch_size: found {batch_size}, expected at least 1")
         self.batch_size, self.seed, self.reward = batch_size, seed, _reward_function(reward)
-        rows = _read(prompts) if isinstance(prompts, str | Path) else [(_turns(prompt), {}) for prompt in prompts]
+        rows = (
+            _read(prompts)
+            if isinstance(prompts, str | Path)
+            else [(read_dialogue(prompt, "prompts"), {}) for prompt in prompts]
+        )
         # Reversed, so that the first of equal prompts is kept.
         unique = {context: labels for context, labels in reversed(rows)}
         self.prompts = list(reversed(unique.items()))
@@ -130,20 +133,6 @@ def _number(value: Any, text: str) -> float:
         raise InputError(f"{error}, for the reply {shown(text)}") from error
 
 
-def _turns(prompt: Any, where: str = "prompts", field: str = "prompt") -> tuple[Turn, ...]:
-    """Return the turns of a prompt, which is a text (one user turn) or a list of turns or messages.
-
-    Args:
-      where: the start of error messages, such as "file:row".
-      field: the field that holds the prompt.
-    """
-    given = prompt if isinstance(prompt, list | tuple) else ()
-    messages = [messages_of([turn])[0] if isinstance(turn, Turn) else turn for turn in given]
-    turns = read_request(Record({field: messages or prompt}, where, Counter()), field)
-    # A turn stays as it is: reading it as a message would drop its name.
-    return tuple(own if isinstance(own, Turn) else read for own, read in zip(given or turns, turns, strict=True))
-
-
 def _read(source: str | Path) -> list[Prompt]:
     """Read the prompts of a file or folder; return (turns of the prompt, further columns of its row) for each row."""
     parts = raw_splits(source)
@@ -155,7 +144,7 @@ def _read(source: str | Path) -> list[Prompt]:
         key = next((name for name in ("prompt", "messages") if isinstance(row, Mapping) and name in row), None)
         if key is None:
             raise InputError(f"{where}: found {shown(row)}, expected a row with `prompt` or `messages`")
-        turns = _turns(row[key], where, key)
+        turns = read_dialogue(row[key], where, key)
         agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
         if key == "messages" and agent:
             turns = turns[: agent[-1]]

@@ -22,6 +22,7 @@ from offline_lmrl.evaluation.held_out import HeldOutQ
 from offline_lmrl.evaluation.metrics import Cells, Estimate, mean_interval
 from offline_lmrl.evaluation.offline import LoggedTokens, guidance_by_beta, measure_logs
 from offline_lmrl.evaluation.ranking import RankAgreement, rank_agreement
+from offline_lmrl.evaluation.realised import ask_log_prob, realised_advantage
 from offline_lmrl.evaluation.replies import distinct, is_broken, least_likely, repeats
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, with_own_token_ids
@@ -62,6 +63,8 @@ class ChoiceRow:
     choice: the choice.
     advantage: expected return of its replies minus that of the plain policy's replies to the same prompts, in reward
       units, by `HeldOutQ`; the interval includes the error of its fit. None if the logged returns do not differ.
+    realised: its realised advantage at the states of the logs, in reward units per log (realised.py); None where that
+      is not defined. The rule of choice reads it.
     kl_logged: exact KL(choice ‖ π) per token at the states of the logs, in nats, with π, the plain policy, at the
       temperature of the run and without filters; the filters alone give that of β 0. None with a requested return.
     changed: share of these states at which the most probable token differs; None with a requested return.
@@ -81,6 +84,7 @@ class ChoiceRow:
 
     choice: Choice
     advantage: Estimate | None
+    realised: Estimate | None
     kl_logged: float | None
     changed: float | None
     kl_token: Estimate | None
@@ -190,7 +194,11 @@ def measure_choices(
         if progress is not None:
             progress(number * len(asked), len(choices) * len(asked))
     shifts = {entry["beta"]: entry for entry in guidance_by_beta(steps, steps.betas)}
-    rows = [_row(one, drawn[0], [one.group for one in asked], held_out, shifts) for one in drawn]
+    groups = [one.group for one in asked]
+    rows = [
+        _row(one, drawn[0], groups, held_out, shifts, _realised(policy, trajectories, one.choice, steps))
+        for one in drawn
+    ]
     agreement = held_out and rank_agreement(held_out.predicted, held_out.returns, held_out.groups)
     return ChoiceTable(rows, [one.context for one in asked], agreement, len(fitted) if held_out else 0)
 
@@ -251,6 +259,7 @@ def _row(
     groups: Sequence[Hashable],
     held_out: HeldOutQ | None,
     shifts: dict[float, dict[str, float]],
+    realised: Estimate | None,
 ) -> ChoiceRow:
     """Return the row of a choice.
 
@@ -260,6 +269,7 @@ def _row(
       groups: the group of each prompt.
       held_out: the regression of returns; None = there is none.
       shifts: β -> its entry of `guidance_by_beta`.
+      realised: its realised advantage.
     """
     limit = least_likely(plain.plain / plain.lengths)
     likely = np.full(len(groups), limit) if one.plain is None else one.plain / one.lengths
@@ -279,6 +289,7 @@ def _row(
     return ChoiceRow(
         choice=one.choice,
         advantage=held_out and held_out.difference(one.features, plain.features, groups),
+        realised=realised,
         kl_logged=shift.get("kl"),
         changed=shift.get("changed"),
         kl_token=kl_token,
@@ -294,6 +305,21 @@ def _row(
         tokens=mean_interval(one.lengths.tolist(), groups),
         texts=tuple(reply.text for reply in one.replies),
     )
+
+
+def _realised(
+    policy: LanguagePolicy, trajectories: Sequence[Trajectory], choice: Choice, steps: LoggedTokens
+) -> Estimate | None:
+    """Return the realised advantage of a choice; None if it is not defined, as for β together with a request."""
+    if choice.is_plain:
+        log_prob = steps.unguided_log_prob
+    elif choice.ask is None:
+        log_prob = steps.guided_log_prob[steps.betas.index(choice.beta)]
+    elif choice.beta == 0:
+        log_prob = ask_log_prob(policy, trajectories, choice.ask, steps)
+    else:
+        log_prob = None
+    return None if log_prob is None else realised_advantage(steps, log_prob, trajectories)
 
 
 def _logged_replies(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.decoding.distribution import reduce_q
+from offline_lmrl.decoding.distribution import Form, reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
@@ -46,6 +46,8 @@ class LoggedTokens:
     changed: (B, N), 1 if guidance changes the most probable token, else 0.
     counts: description of a fault -> number of cases, for example of agent turns that do not fit into a window.
     betas: the B values of β.
+    unguided_log_prob: acting_log_prob without value guidance.
+    guided_log_prob: (B, N), acting_log_prob under guidance of weight β.
     """
 
     trajectory: np.ndarray
@@ -60,6 +62,8 @@ class LoggedTokens:
     changed: np.ndarray
     counts: Counter[str]
     betas: tuple[float, ...]
+    unguided_log_prob: np.ndarray
+    guided_log_prob: np.ndarray
 
 
 def measure_logs(
@@ -68,23 +72,28 @@ def measure_logs(
     betas: Sequence[float] = (),
     demonstrations: Sequence[Trajectory] | None = None,
     token_budget: int = TOKEN_BUDGET,
+    ask: float | str | None = None,
 ) -> LoggedTokens:
     """Run the model over the logs once, with the context length, reward scale and discounts of its training.
 
     Args:
-      policy: the policy; a return-conditioned one is evaluated with no return requested.
+      policy: the policy.
       trajectories: the logs.
       betas: values of β at which guidance is measured; other decoding settings are the policy's. () = none.
       demonstrations: trajectories from which the few-shot demonstrations before each log are drawn, of the log's
         task. None = the demonstrations with which the policy was loaded. If it was loaded with none, but trained with
         demonstrations, new ones are drawn for every log as in training; other policies get none.
       token_budget: largest number of tokens of a forward pass, padding included.
+      ask: for a return-conditioned policy, the return requested in every log, a number in reward units or a name such
+        as "p90"; later turns request what the log's rewards leave of it. None = no return is requested.
     Raises: InputError if betas are given for a policy without value heads, if no agent turn fits into a window, or if
       the task of a log has too few demonstrations.
     """
     if any(betas) and policy.model.value_heads is None:
         raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
     encoder = log_encoder(policy)
+    if ask is not None:
+        encoder = replace(encoder, return_ids_for=partial(_requested, policy, ask))
     counts: Counter[str] = Counter()
     few_shot = few_shot_of_logs(policy, trajectories, demonstrations, encoder.return_ids_for)
     logs = Experience.of(trajectories, encoder, counts, policy.renderer.close_id, next_rows=False, few_shot=few_shot)
@@ -106,7 +115,17 @@ def measure_logs(
         changed=measured["changed"].T,
         counts=+counts,
         betas=tuple(betas),
+        unguided_log_prob=measured["unguided_log_prob"],
+        guided_log_prob=measured["guided_log_prob"].T,
     )
+
+
+def _requested(policy: LanguagePolicy, ask: float | str, trajectory: Trajectory) -> list[Ids]:
+    """Return the ids of the requested return for each agent turn of a log, and for the turn that would follow it."""
+    returns = policy.return_tokens
+    asked = returns.scale.named_ask(ask, policy.task) if isinstance(ask, str) else ask
+    rewards = [turn.reward for turn in trajectory.turns if turn.is_trainable]
+    return [returns.ids(value, policy.task) for value in returns.remaining(asked, rewards)]
 
 
 def few_shot_of_logs(
@@ -139,15 +158,19 @@ def acting_log_prob(policy: LanguagePolicy, states: States) -> Tensor:
 
     At temperature 0 (greedy play), they are 0 at the best token and −∞ elsewhere.
     """
-    log_prob = states.distribution(policy.decoding)
-    if policy.decoding.temperature > 0:
+    return _drawn_from(policy.decoding, states.distribution(policy.decoding))
+
+
+def _drawn_from(form: Form, log_prob: Tensor) -> Tensor:
+    """Return the log-probabilities that tokens are drawn with, given the distribution of a form, (n, vocabulary)."""
+    if form.temperature > 0:
         return log_prob
     best = log_prob.argmax(-1, keepdim=True)
     return torch.full_like(log_prob, -torch.inf).scatter(-1, best, 0.0)
 
 
 def _measured(policy: LanguagePolicy, betas: Sequence[float], states: States) -> dict[str, Tensor]:
-    """Return fields of `LoggedTokens` at n states, in scaled reward units: (n,), or (n, B) for `kl` and `changed`.
+    """Return fields of `LoggedTokens` at n states, in scaled reward units: (n,), or (n, B) for fields of each β.
 
     Args:
       policy: the policy.
@@ -156,18 +179,22 @@ def _measured(policy: LanguagePolicy, betas: Sequence[float], states: States) ->
     """
     form, log_prob = policy.decoding, states.logits.log_softmax(-1)
     plain = (states.logits / (form.temperature or 1.0)).log_softmax(-1)
-    kl, changed = log_prob.new_zeros(2, len(log_prob), len(betas))
+    action = states.steps["action"].unsqueeze(-1)
+    kl, changed, guided_log_prob = log_prob.new_zeros(3, len(log_prob), len(betas))
     for i, beta in enumerate(betas):
         guided = states.distribution(replace(form, beta=beta))
         # A token that filters dropped has guided = −∞ and adds 0 · log 0 = 0; the mask avoids 0 · −∞ = NaN.
         kl[:, i] = (guided.exp() * (guided - plain).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
         changed[:, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
-    action = states.steps["action"].unsqueeze(-1)
+        guided_log_prob[:, i] = _drawn_from(form, guided).gather(-1, action).squeeze(-1)
+    unguided = _drawn_from(form, states.distribution(replace(form, beta=0.0)))
     found = {
         "log_prob": log_prob.gather(-1, action).squeeze(-1),
         "acting_log_prob": acting_log_prob(policy, states).gather(-1, action).squeeze(-1),
         "kl": kl,
         "changed": changed,
+        "unguided_log_prob": unguided.gather(-1, action).squeeze(-1),
+        "guided_log_prob": guided_log_prob,
     }
     if policy.model.value_heads is not None:
         found |= {"q": reduce_q(states.q_of_action(), form.q_reduce), "v": states.v()}

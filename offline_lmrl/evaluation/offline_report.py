@@ -6,8 +6,8 @@ one prompt) as their returns do; and what each β, the weight of value guidance,
 replies (choices.py), from which one is chosen without play.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError, require
-from offline_lmrl.evaluation.choice_text import choice_lines
+from offline_lmrl.evaluation.choice_rule import RULE, choose
+from offline_lmrl.evaluation.choice_text import as_json, choice_lines
 from offline_lmrl.evaluation.choices import PLAIN, PROMPTS, Choice, ChoiceTable, Progress, measure_choices
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.evaluation.offline import LoggedTokens, guidance_by_beta, measure_logs
@@ -23,17 +24,7 @@ from offline_lmrl.evaluation.ranking import RankAgreement, rank_agreement
 from offline_lmrl.logs.trajectory import Trajectory
 
 BETAS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-ASKS = ("p50", "p90", "max")  # requested returns of a model that was trained with returns
-
-
-def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> float:
-    """Return the largest β whose `kl` is at most the budget, the β "chosen offline"; 0, no guidance, if there is none.
-
-    Args:
-      by_beta: result of `guidance_by_beta`.
-      kl_budget: in nats per token.
-    """
-    return max((entry["beta"] for entry in by_beta if entry["kl"] <= kl_budget), default=0.0)
+ASKS = ("p50", "p75", "p90", "max")  # requested returns of a model that was trained with returns
 
 
 def calibration(steps: LoggedTokens, bins: int = 10) -> list[dict[str, float]]:
@@ -116,13 +107,11 @@ class OfflineSettings:
     betas: candidates for β; ignored without value heads.
     asks: candidates for the requested return; None = ASKS for a model that was trained with returns, else none.
     prompts: largest number of contexts of the logs to which every candidate replies; 0 = no replies.
-    kl_budget: limit for choosing β, in nats per token.
     """
 
     betas: Sequence[float] = BETAS
     asks: Sequence[float | str] | None = None
     prompts: int = PROMPTS
-    kl_budget: float = 0.3
 
     def __post_init__(self) -> None:
         require(self.prompts >= 0, f"prompts: found {self.prompts}, expected 0 (no replies) or more")
@@ -142,28 +131,40 @@ class OfflineReport:
     agent_tokens: number of agent tokens evaluated.
     counts: description of a fault -> number of cases, for example of agent turns that do not fit into a window.
     log_prob: mean log π per agent token, in nats, with a 95% interval that treats the tokens of a group as dependent.
-    kl_budget: limit for choosing β, in nats per token.
     calibration: result of `calibration`; None without value heads.
     ranking: result of `ranking_accuracy`; None without value heads, or if no pair can be ranked.
     agreement: result of `value_ranking`; empty without value heads.
     by_beta: result of `guidance_by_beta`; None without value heads.
     choices: what every candidate does to replies; None if none were generated.
     no_replies: why none could be generated, such as a window without space for one; None if nothing prevented it.
-    beta: the β chosen offline; None without value heads.
+    chosen: what `choose` (choice_rule.py) chooses; None without replies, or if there is nothing to choose.
     """
 
     trajectories: int
     agent_tokens: int
     counts: dict[str, int]
     log_prob: Estimate
-    kl_budget: float
     calibration: list[dict[str, float]] | None = None
     ranking: Estimate | None = None
     agreement: dict[str, RankAgreement | None] = field(default_factory=dict)
     by_beta: list[dict[str, float]] | None = None
     choices: ChoiceTable | None = None
     no_replies: str | None = None
-    beta: float | None = None
+    chosen: Choice | None = None
+
+    def tried(self) -> list[dict[str, Any]]:
+        """Return one mapping per β, as values that JSON can hold.
+
+        It has `beta`, `kl` and `changed` (`guidance_by_beta`) and, if there are replies, `chosen` (True for the one
+        chosen) and the fields of `ChoiceRow` but its texts.
+        """
+        if self.choices is None:
+            return self.by_beta
+        rows = {row.choice.beta: row for row in self.choices.rows if row.choice.ask is None}
+        return [
+            as_json(replace(rows[one["beta"]], texts=())) | one | {"chosen": rows[one["beta"]].choice == self.chosen}
+            for one in self.by_beta
+        ]
 
     def __str__(self) -> str:
         lines = [f"{self.trajectories} trajectories, {self.agent_tokens} agent tokens"]
@@ -172,15 +173,18 @@ class OfflineReport:
         if self.calibration is not None:
             lines += self._value_lines()
         if self.choices is not None:
-            lines += choice_lines(self.choices, self.beta)
+            lines += choice_lines(self.choices, self.chosen)
         elif self.by_beta is not None:
             lines.append("guidance:   beta   KL(guided ‖ π) per token   choices changed")
             lines += [f"  {row['beta']:14g} {row['kl']:16.4f} {row['changed']:23.1%}" for row in self.by_beta]
-        if self.beta is not None:
-            lines.append(
-                f"beta chosen offline: {self.beta:g} (the largest with KL ≤ {self.kl_budget:g} nats per token)"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.closing_lines()])
+
+    def closing_lines(self) -> list[str]:
+        """Return the lines that name what was chosen, and why there are no replies."""
+        lines = [] if self.no_replies is None else [f"no replies were generated: {self.no_replies}"]
+        if self.chosen is not None:
+            lines.append(f"chosen offline: {self.chosen} ({RULE})")
+        return lines
 
     def _value_lines(self) -> list[str]:
         lines = ["mean Q and mean realised return-to-go of agent tokens, by bins of Q:"]
@@ -209,7 +213,7 @@ def evaluate_offline(
       demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
         `measure_logs`.
       progress: called with (replies drawn, replies in all); None = not called.
-      settings: fields of `OfflineSettings`: betas, asks, prompts and kl_budget.
+      settings: fields of `OfflineSettings`: betas, asks and prompts.
     Raises: InputError if no agent turn fits into a window, the task of a log has too few demonstrations, or a
       candidate needs something that the model lacks.
     """
@@ -229,11 +233,11 @@ def evaluate_offline(
             "ranking": ranking_accuracy(steps, trajectories),
             "agreement": value_ranking(steps, trajectories),
             "by_beta": by_beta,
-            "beta": choose_beta(by_beta, given.kl_budget),
         }
     if given.prompts:
         try:
-            values["choices"] = measure_choices(policy, trajectories, candidates, given.prompts, steps, progress)
+            table = measure_choices(policy, trajectories, candidates, given.prompts, steps, progress)
+            values |= {"choices": table, "chosen": choose(table.rows).choice if len(table.rows) > 1 else None}
         except InputError as error:
             values["no_replies"] = str(error)
-    return OfflineReport(len(trajectories), len(steps.token), dict(steps.counts), log_prob, given.kl_budget, **values)
+    return OfflineReport(len(trajectories), len(steps.token), dict(steps.counts), log_prob, **values)

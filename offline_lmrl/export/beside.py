@@ -21,6 +21,7 @@ from offline_lmrl.decoding.distribution import reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import Sampler
 from offline_lmrl.decoding.scorers import load_scorer
+from offline_lmrl.decoding.texts import TextStream
 from offline_lmrl.evaluation.metrics import mean_interval
 from offline_lmrl.export.prompts import PromptIds, Prompts
 from offline_lmrl.logs.preferences import score_rows
@@ -194,18 +195,19 @@ class Trial:
     decoding: DecodingConfig
     scorer: Any = None
 
-    def compare(self, run: Replies, export: Replies, bounded: Callable[[Row], Row]) -> Beside:
+    def compare(self, run: Replies, export: Replies, bounded: Callable[[Row], Row | None]) -> Beside:
         """Measure the replies of both.
 
         Args:
           run: the run's replies.
           export: the export's replies.
-          bounded: function that adds to a measure what is expected of it.
+          bounded: function that adds to a measure what is expected of it; None leaves the measure out.
         """
         rows = [self.identical(run.greedy, export.greedy)]
         measured = [self._measured(replies.drawn) for replies in (run, export)]
         for name, of_run in measured[0].items():
-            apart = mean_interval((measured[1][name] - of_run).tolist())
+            with np.errstate(invalid="ignore"):  # −inf, of a token that the run never chooses
+                apart = mean_interval((measured[1][name] - of_run).tolist())
             rows.append(
                 Row(
                     name,
@@ -216,7 +218,7 @@ class Trial:
                     len(of_run),
                 )
             )
-        return Beside(self.prompts.source, len(self.ids), [bounded(row) for row in rows])
+        return Beside(self.prompts.source, len(self.ids), [kept for row in rows if (kept := bounded(row)) is not None])
 
     def identical(self, run: Sequence[Sequence[int]], export: Sequence[Sequence[int]]) -> Row:
         """Return the share of identical greedy replies.
@@ -259,12 +261,16 @@ class Trial:
 
     def _measured(self, replies: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """Return the measures of replies, one number per prompt."""
-        policy, texts, ids, ended = self.policy.with_decoding(stop=self.decoding.stop), [], [], []
+        policy, texts, ids, ended = self.policy, [], [], []
         for reply in replies:
-            count, text = policy.sampler.stop_at(list(reply)) or (None, policy.renderer.decode(list(reply)))
-            texts.append(text)
-            ids.append(list(reply[:count]))
-            ended.append(count is not None or reply[-1] in policy.sampler.close_ids)
+            stream = TextStream(policy.renderer.decode, self.decoding.stop)
+            for place, token in enumerate(reply, 1):
+                stream.add(token, last=place == len(reply))
+                if stream.stopped:
+                    break
+            texts.append(stream.text)
+            ids.append(stream.tokens)
+            ended.append(stream.stopped or reply[-1] in policy.sampler.close_ids)
         found: dict[str, list[Any]] = {
             LENGTH: [len(reply) for reply in ids],
             UNFINISHED: [not done for done in ended],

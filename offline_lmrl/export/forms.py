@@ -5,7 +5,7 @@ does what all forms share: it plays run and export beside each other, and prints
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.export.beside import LOG_PROB, Player, Row
+from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.settings import build, nearest
 
 FEWEST = 20  # prompts from which an interval is believed
@@ -29,6 +30,7 @@ class Request:
     saved: the run metadata: the settings saved with the model.
     decoding: the decoding settings to reproduce.
     changes: fields of DecodingConfig that the caller gave over those saved with the run.
+    prompts: the dialogues that run and export reply to.
     device: device for the models; None = the first accelerator, else the CPU.
     force: True: an export that misses a bound, or cannot be played here, is written too.
     """
@@ -38,6 +40,7 @@ class Request:
     saved: Mapping[str, Any]
     decoding: DecodingConfig
     changes: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Sequence[Sequence[Turn]] = ()
     device: Any = None
     force: bool = False
 
@@ -50,12 +53,14 @@ class Written:
     card: the card (README.md) in Markdown, as lines; the comparison with the run is added.
     rows: measures with bounds that the form made itself while it wrote.
     usage: how to play the export, such as a command; printed last.
+    bounded: replaces `ExportForm.bounded` where the bounds depend on how the export was written.
     """
 
     lines: Sequence[str]
     card: Sequence[str]
     rows: Sequence[Row] = ()
     usage: Sequence[str] = ()
+    bounded: Callable[[Row], Row | None] | None = None
 
 
 class ExportForm(Protocol):
@@ -88,12 +93,13 @@ class ExportForm(Protocol):
           folder: the export.
         """
 
-    def bounded(self, row: Row) -> Row:
-        """Return a measure of the comparison with what this form expects of it, or as it is."""
+    def bounded(self, row: Row) -> Row | None:
+        """Return a measure of the comparison with what this form expects of it, or as it is; None = leave it out."""
 
 
 FORMS = {
     "plain": "offline_lmrl.export.plain:Plain",
+    "transformers": "offline_lmrl.export.transformers:Transformers",
     "vllm": "offline_lmrl.export.vllm:VLLM",
 }
 

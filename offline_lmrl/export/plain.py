@@ -2,12 +2,12 @@
 card.
 
 A run is the folder that `train` wrote; a plain checkpoint is a transformers folder that needs no code of this project.
-A checkpoint is only written if it generates exactly as the run does. This is possible for policies without value
-guidance; for guidance by Q heads that are linear in the hidden state, whose mean or first is used, over all tokens and
-without a filter or a clip, because such a Q can be added to the LM head's weights; and for requested returns, which
-are either text or become special tokens of the vocabulary. An approximation is not safe: without the filter that the
-run applies to the policy before guidance, the Q of tokens that the data never contained would decide. The written
-checkpoint is loaded again and compared with the run before the folder gets its final name.
+It generates exactly as the run does for policies without value guidance; for guidance by Q heads that are linear in
+the hidden state, whose mean or first is used, over all tokens and without a filter or a clip, because such a Q can be
+added to the LM head's weights; and for requested returns, which are text or become special tokens of the vocabulary.
+It is then loaded again and compared with the run before the folder gets its final name. To fold any other guidance is
+not safe: without the filter that the run applies to the policy before guidance, the Q of tokens that the data never
+contained would decide. Such guidance is distilled into the weights (export/distill.py).
 
 The example prompt is a short prompt of one user turn (EXAMPLE), in the format of the run's training. It is printed in
 the model card and used in the comparison. For a return-conditioned run it requests the highest return.
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -34,9 +33,20 @@ from offline_lmrl.decoding.distribution import TERMS, Form
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.export.beside import Row
+from offline_lmrl.export.distill import (
+    MEASURED,
+    Distillation,
+    bounded_distilled,
+    distil,
+    logged_texts,
+    measure,
+    plain_decoding,
+)
 from offline_lmrl.export.folder import EXAMPLE, prompt_section, set_generation, tokenizer_of
 from offline_lmrl.export.forms import Request, Written, samples_alike
 from offline_lmrl.export.playing import GeneratePlayer
+from offline_lmrl.export.prompts import HeldOut, data_of_run, encode_prompts, find_prompts
+from offline_lmrl.export.returns import add_return_tokens, return_names
 from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.step_outputs import compute_step_outputs
@@ -70,20 +80,21 @@ class PlainWritten(Written):
     readable: bool = True
 
 
-def _lines(
-    decoding: DecodingConfig, difference: float, states: int, returns: Sequence[str], readable: bool
-) -> list[str]:
-    """Return what the checkpoint plays and how exact it is; arguments as for `PlainWritten`."""
+def _lines(decoding: DecodingConfig, returns: Sequence[str], readable: bool, how: str, exact: str) -> list[str]:
+    """Return what the checkpoint plays and how exact it is, one fact per line.
+
+    Args:
+      decoding: the settings that it reproduces.
+      returns, readable: as for `PlainWritten`.
+      how: how guidance came into the weights.
+      exact: how exact the checkpoint is.
+    """
     line = "plays: the policy without value guidance"
     if decoding.beta != 0:
-        line = f"plays: log π + {decoding.beta:g} · Q, {decoding.q_reduce} of the Q heads, folded into the LM head"
+        line = f"plays: log π + {decoding.beta:g} · Q, {decoding.q_reduce} of the Q heads, {how}"
     if returns:
         line += f"; {returns[1]} to {returns[-1]} request a return, {returns[0]} requests none"
-    lines = [
-        line,
-        f"exact: the largest difference of a log-probability from the run's is {difference:.1g} nats, "
-        f"measured after {states} prefixes of random tokens and of the run's own text",
-    ]
+    lines = [line, exact]
     if decoding.stop:
         texts = " or ".join(map(repr, decoding.stop))
         lines.append(f"the run also ends a reply before {texts}: set these stop texts in the engine")
@@ -106,42 +117,54 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Weights of the base architecture, which generate exactly as the run does (`ExportForm`)."""
+class Plain(Distillation):
+    """Weights of the base architecture: exactly the run's policy, or distilled from it (`ExportForm`)."""
 
     def check(self, request: Request) -> None:
-        """Check, from the run's settings only, that a plain checkpoint can generate exactly as the run does."""
+        """Check, from the run's settings and data, that a plain checkpoint can hold the run's policy."""
         _check_exportable(request.saved, request.decoding, request.changes.get("ask"))
+        misfit, remedy = _misfit(request.saved, request.decoding)
+        if misfit:
+            try:
+                data_of_run(request.run, ("train",))
+            except InputError as error:
+                raise InputError(
+                    f"beta: found {request.decoding.beta:g} {misfit}, expected guidance that folds into the LM head "
+                    "exactly, or a run whose training data can be read, to distil it: use the run itself (evaluate, "
+                    f"generate), or export another policy with {remedy}--beta 0, after you have evaluated it"
+                ) from error
 
     def greedy(self, decoding: DecodingConfig) -> DecodingConfig:
         """Return settings for the greedy reply of an engine, which divides folded guidance by no temperature."""
         return replace(decoding, temperature=0.0, beta=decoding.beta * (decoding.temperature or 1.0))
 
     def write(self, policy: LanguagePolicy, request: Request, folder: Path) -> PlainWritten:
-        """Write the checkpoint, load it again and compare its log-probabilities with the run's.
+        """Write the checkpoint, load it again and compare its distribution with the run's.
 
-        Raises: InputError if they differ, or the model cannot be written as plain weights.
+        Raises: InputError if guidance was folded and a log-probability differs, or the model cannot be written as
+          plain weights.
         """
+        write = self._write_distilled if _is_distilled(policy, request) else _write_exact
+        return write(policy, request, folder)
+
+    def _write_distilled(self, policy: LanguagePolicy, request: Request, folder: Path) -> PlainWritten:
+        """Distil the run, write the weights, and measure what engines read."""
         saved, decoding = request.saved, request.decoding
         tokenizer = tokenizer_of(policy.renderer)
-        embedding = policy.model.return_embedding
-        table = None if embedding is None else embedding.rows()
-        ids = [] if table is None else _add_tokens(tokenizer, len(table))
-        rows = policy.model.get_input_embeddings().weight.shape[0]
-        samples = _samples(policy, saved, ids)
-        model = _plain_model(policy.model, decoding)
-        set_generation(model, policy.renderer.close_id, _drawing(decoding))
-        if table is not None:
-            spell_returns(model, table, ids)
+        logged = logged_texts(policy, data_of_run(request.run, ("train",))[1], self.prompts)
+        prompts = find_prompts(request.run, HeldOut(n=MEASURED))
+        model = distil(policy, logged, self)
+        set_generation(model, policy.renderer.close_id, _drawing(plain_decoding(decoding)))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        difference = _difference(folder, policy, samples, rows, ids)
-        example, readable = _example(policy, saved, tokenizer, ids)
-        states = sum(len(sample.log_prob) for sample in samples)
-        returns = tokenizer.convert_ids_to_tokens(ids)
-        lines = _lines(decoding, difference, states, returns, readable)
-        card = _card(policy, saved, decoding, returns, lines, example)
-        return PlainWritten(lines, card, (), (), difference, states, returns, readable)
+        example, readable = _example(policy, saved, tokenizer, ())
+        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(policy.model.device).eval()
+        ids = [prompt.asked for prompt in encode_prompts(policy, prompts.histories, None)]
+        rows = measure(policy, exported, ids)
+        how = f"distilled into the weights in {self.steps} steps, because it does not fold exactly"
+        lines = _lines(decoding, (), readable, how, f"near: KL(run ‖ export) is {rows[0].export:.3g} nats per token")
+        card = _card(policy, saved, decoding, (), lines, example)
+        return PlainWritten(lines, card, rows, (), bounded_distilled, readable=readable)
 
     @contextmanager
     def player(self, policy: LanguagePolicy, request: Request, folder: Path) -> Iterator[GeneratePlayer]:
@@ -150,18 +173,64 @@ class Plain:
         spelt: dict[int, int] = {}
         if policy.return_tokens is not None and policy.return_tokens.null:  # reserved ids, not text
             reserved = [policy.return_tokens.null[0], *(ids[0] for ids in policy.return_tokens.bins)]
-            names = _names(len(reserved))
+            names = return_names(len(reserved))
             tokens = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(names)
             spelt = dict(zip(reserved, tokens, strict=True))
         model = model.to(find_device(request.device)).eval()
         yield GeneratePlayer(model, lambda ids: [spelt.get(token, token) for token in ids])
 
-    def bounded(self, row: Row) -> Row:
+    def bounded(self, row: Row) -> Row | None:
         return samples_alike(row)
 
 
+def _write_exact(policy: LanguagePolicy, request: Request, folder: Path) -> PlainWritten:
+    """Write weights that play exactly as the run does, load them again and compare all log-probabilities."""
+    saved, decoding = request.saved, request.decoding
+    tokenizer = tokenizer_of(policy.renderer)
+    embedding = policy.model.return_embedding
+    table = None if embedding is None else embedding.rows()
+    ids = [] if table is None else add_return_tokens(tokenizer, len(table))
+    rows = policy.model.get_input_embeddings().weight.shape[0]
+    samples = _samples(policy, saved, ids)
+    model = _plain_model(policy.model, decoding)
+    set_generation(model, policy.renderer.close_id, _drawing(decoding))
+    if table is not None:
+        spell_returns(model, table, ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    difference = _difference(folder, policy, samples, rows, ids)
+    example, readable = _example(policy, saved, tokenizer, ids)
+    states = sum(len(sample.log_prob) for sample in samples)
+    returns = tokenizer.convert_ids_to_tokens(ids)
+    exact = (
+        f"exact: the largest difference of a log-probability from the run's is {difference:.1g} nats, "
+        f"measured after {states} prefixes of random tokens and of the run's own text"
+    )
+    lines = _lines(decoding, returns, readable, "folded into the LM head", exact)
+    card = _card(policy, saved, decoding, returns, lines, example)
+    return PlainWritten(lines, card, (), (), None, difference, states, returns, readable)
+
+
+def _is_distilled(policy: LanguagePolicy, request: Request) -> bool:
+    """True if guidance is distilled, because it cannot be added to the LM head's weights.
+
+    Raises: InputError if the model's logits are no multiple of its LM head, and there are no data to distil it on.
+    """
+    if request.decoding.beta == 0 or _misfit(request.saved, request.decoding)[0]:
+        return request.decoding.beta != 0
+    try:
+        head_scale(policy.model)
+    except InputError as misfit:
+        try:
+            data_of_run(request.run, ("train",))
+        except InputError:
+            raise misfit from None
+        return True
+    return False
+
+
 def _check_exportable(saved: Mapping[str, Any], decoding: DecodingConfig, ask: float | str | None) -> None:
-    """Check, from the run's settings only, that a plain checkpoint can generate exactly as the run does.
+    """Check, from the run's settings only, that a plain checkpoint can hold the run's policy.
 
     Args:
       saved: the run metadata: the settings saved with the model.
@@ -193,25 +262,24 @@ def _check_exportable(saved: Mapping[str, Any], decoding: DecodingConfig, ask: f
             f"beta: found {decoding.beta:g} on a return-conditioned model, expected 0: Q is computed without a "
             "requested return, and engines do not read a prompt twice"
         )
-    if heads["kind"] == "mlp":
-        raise InputError(
-            f"beta: found {decoding.beta:g} on mlp heads, which do not fold into the LM head, expected tied or "
-            "linear heads, or --beta 0, which exports the policy without guidance"
-        )
-    _check_folds(decoding, heads["heads"])
 
 
-def _check_folds(decoding: DecodingConfig, heads: int) -> None:
-    """Check that guidance can be added to the LM head's weights.
+def _misfit(saved: Mapping[str, Any], decoding: DecodingConfig) -> tuple[str, str]:
+    """Return why guidance cannot be added to the LM head's weights, and the settings with which it could.
 
     With filters it cannot: engines apply them to the LM head's output and therefore after guidance, while the run
     filters π before guidance.
 
     Args:
-      decoding: the decoding settings to reproduce; β is not 0.
-      heads: number of Q heads.
-    Raises: InputError that lists the settings which would have to change.
+      saved: the run metadata.
+      decoding: the decoding settings to reproduce.
+    Returns: two parts of a message; "" and "" if guidance folds, or there is none.
     """
+    if decoding.beta == 0:
+        return "", ""
+    heads = saved["value_heads"]
+    if heads["kind"] == "mlp":
+        return "on mlp heads", ""
     folds = {name: values for term in TERMS for name, values in term.folds.items()}
     exact = {
         "q_reduce": folds["q_reduce"],  # listed first in the message
@@ -222,18 +290,15 @@ def _check_folds(decoding: DecodingConfig, heads: int) -> None:
         "top_p": (None, 1.0),
         "min_p": (None, 0.0),
     }
-    if heads == 1:  # every reduction of one head is that head
+    if heads["heads"] == 1:  # every reduction of one head is that head
         del exact["q_reduce"]
     form = decoding.to_dict()
     wrong = {name: values[0] for name, values in exact.items() if form[name] not in values}
-    if wrong:
-        found = ", ".join(f"{name} {form[name]}" for name in wrong)
-        given = " ".join(f"--{name} {_setting(value)}" for name, value in wrong.items())
-        raise InputError(
-            f"beta: found {decoding.beta:g} with {found}, expected guidance that folds into the LM head exactly: use "
-            f"the run itself (evaluate, generate), or export another policy with {given}, or with --beta 0, after you "
-            "have evaluated it"
-        )
+    if not wrong:
+        return "", ""
+    found = ", ".join(f"{name} {form[name]}" for name in wrong)
+    given = " ".join(f"--{name} {_setting(value)}" for name, value in wrong.items())
+    return f"with {found}", f"{given}, or with "
 
 
 def _setting(value: Any) -> str:
@@ -255,25 +320,6 @@ def _plain_model(model: PreTrainedModel, decoding: DecodingConfig) -> PreTrained
         # The run adds guidance after dividing by the temperature; engines divide last, so multiply it by that here.
         add_to_lm_head(model, (decoding.temperature or 1.0) * decoding.beta / head_scale(model) * rows)
     return model
-
-
-def _names(count: int) -> list[str]:
-    return ["<return_none>", *(f"<return_{b}>" for b in range(1, count))]
-
-
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """Add special tokens that request a return to a tokenizer, in place.
-
-    Args:
-      count: number of tokens: one for "no return requested", then one per bin of returns, lowest first.
-    Returns: the ids of the new tokens, in this order.
-    Raises: InputError if the tokenizer already has a token of one of these names.
-    """
-    names = _names(count)
-    if known := set(names) & set(tokenizer.get_vocab()):
-        raise InputError(f"tokenizer: found the token {min(known)}, expected no tokens with the names of returns")
-    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(names)
 
 
 def _drawing(decoding: DecodingConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from offline_lmrl.logs.io import holds_comparisons, read_comparisons, read_traje
 from offline_lmrl.logs.prompts import read_prompts
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.logs.yaml_text import read_yaml
-from offline_lmrl.tokens.conditioning import STATE_ASKS
+from offline_lmrl.tokens.conditioning import STATE_ASKS, ReturnTokens
 from offline_lmrl.tokens.windows import Ids, policy_window
 
 REMEDY = "give --prompts FILE, with one prompt per line"
@@ -75,22 +75,32 @@ def find_prompts(run: str | Path, held_out: HeldOut) -> Prompts:
 
 def _of_config(run: Path) -> tuple[str, Iterable[Sequence[Turn]]]:
     """Return the contexts of a run's validation data, or of its training data, and the name of these data."""
+    source, rows = data_of_run(run, ("validation", "train"))
+    return source, map(before_reply, rows)
+
+
+def data_of_run(run: Path, names: Sequence[str]) -> tuple[str, Sequence[Trajectory | Comparison]]:
+    """Read data that a run's config names.
+
+    Args:
+      run: the run directory.
+      names: "validation" and "train", in the order of preference.
+    Returns: the name of the first of these data that the config has, in words, and its rows.
+    Raises: InputError if there are none, or they cannot be read.
+    """
     config = read_yaml(run / "config.yaml", "the settings of a run") if (run / "config.yaml").is_file() else {}
     data = config.get("data")
     data = data if isinstance(data, Mapping) else {}
-    name = "validation" if data.get("validation") else "train"
+    name = next((name for name in names if data.get(name)), names[-1])
     source = data.get(name)
     if not isinstance(source, str):
         raise InputError(f"prompts: missing, as the config of {run} names no data to take prompts from; {REMEDY}")
     try:
-        if holds_comparisons(source):
-            contexts = [row.context for row in read_comparisons(source)]
-        else:
-            contexts = [before_reply(row) for row in read_trajectories(source, reward=data.get("reward"))]
+        compares = holds_comparisons(source)
+        rows = read_comparisons(source) if compares else read_trajectories(source, reward=data.get("reward"))
     except InputError as error:
         raise InputError(f"prompts: the run's data.{name} cannot be read ({error}); {REMEDY}") from error
-    kind = "validation" if name == "validation" else "training"
-    return f"the run's {kind} data {source}", contexts
+    return f"the run's {'validation' if name == 'validation' else 'training'} data {source}", rows
 
 
 def before_reply(row: Trajectory | Comparison) -> Sequence[Turn]:
@@ -137,4 +147,9 @@ def requested_ids(policy: LanguagePolicy, ask: float | str | None) -> Ids:
     tokens = policy.return_tokens
     if ask is not None and (tokens.scale.per == "task" or STATE_ASKS.fullmatch(str(ask))):
         return tokens.bins[-1]
-    return tokens.ids(tokens.scale.named_ask(ask) if isinstance(ask, str) else ask)
+    return tokens.ids(requested_return(tokens, ask))
+
+
+def requested_return(tokens: ReturnTokens, ask: float | str | None) -> float | None:
+    """Return a requested return as a number; None = no return is requested."""
+    return tokens.scale.named_ask(ask) if isinstance(ask, str) else ask

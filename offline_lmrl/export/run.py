@@ -6,7 +6,7 @@ with the comparison, and export.json with the same numbers.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,12 @@ def export_run(
     form = make_form(to) if isinstance(to, str) else to
     saved = saved_run_metadata(run)
     decoding = DecodingConfig.from_dict({**(saved.get("decoding") or {}), **changes})
-    request = Request(Path(run), output, saved, decoding, changes, device, force)
+    request = Request(Path(run), output, saved, decoding, changes, device=device, force=force)
     _require_policy(request)
     form.check(request)
     held_out = held_out or HeldOut()
     prompts = find_prompts(run, held_out)
+    request = replace(request, prompts=prompts.histories)
 
     def load() -> LanguagePolicy:
         # The ask is part of the request: one by name might need a task or another run, so it is removed here.
@@ -91,7 +92,8 @@ def export_run(
             of_export = player and play(player, ids, greedy, decoding)
         del policy  # the form may have changed it
         trial = Trial(load(), prompts, ids, greedy, decoding, held_out.scorer)
-        beside = trial.compare(of_run, of_export, form.bounded) if of_export else Beside.unplayed()
+        bounded = written.bounded or form.bounded
+        beside = trial.compare(of_run, of_export, bounded) if of_export else Beside.unplayed()
         beside = beside.plus(written.rows)
         _require_bounds(beside, force)
         _write_card(temporary, written, beside, decoding)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.config import DecodingConfig
@@ -27,6 +28,7 @@ from offline_lmrl.export.folder import EXAMPLE, prompt_section, set_generation, 
 from offline_lmrl.export.forms import Request, Written, samples_alike
 from offline_lmrl.export.vllm_guidance import ARCHITECTURES, PREFIX
 from offline_lmrl.models.plain import merged
+from offline_lmrl.models.value_heads import TiedQ
 from offline_lmrl.settings import setting
 
 PLAYED = ("target_q.", "v.")  # of the value heads; the online Q heads and those of whole turns only train
@@ -151,11 +153,14 @@ def write_vllm(model: PreTrainedModel, decoding: DecodingConfig, close_id: int, 
       close_id: id of the token that ends an agent turn.
       folder: where to write.
     Returns: the architecture under which the plugin plays the folder.
-    Raises: InputError if the plugin does not know the model's architecture.
+    Raises: InputError if the plugin does not know the model's architecture, or Q would change with the merged weights.
     """
+    rows = model.get_output_embeddings().weight.detach().clone()
     model = merged(model)
     if model.base_name not in ARCHITECTURES:
         raise InputError(f"run: found {model.base_name}, expected one of {listed(ARCHITECTURES)} for --to vllm")
+    if isinstance(model.value_heads.target_q, TiedQ) and not torch.equal(rows, model.get_output_embeddings().weight):
+        raise InputError("run: found an adapter on the LM head, expected none: tied Q heads read its rows without it")
     # Requests take their temperature from here. The form's filters are not here: vLLM would apply them after guidance.
     drawing = {"temperature": decoding.temperature, "top_k": 0} if decoding.temperature > 0 else {}
     set_generation(model, close_id, drawing)

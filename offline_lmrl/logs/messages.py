@@ -14,7 +14,7 @@ from typing import Any
 
 from offline_lmrl.errors import InputError, at, require, shown
 from offline_lmrl.logs.record import WORDS, Drop, Record, drop_if, read_text
-from offline_lmrl.logs.trajectory import OPTIONAL_TURN_FIELDS, ROLES, Turn, finite, parse_json
+from offline_lmrl.logs.trajectory import OPTIONAL_TURN_FIELDS, ROLES, Turn, finite, messages_of, parse_json
 
 PARTS_JOINED = "repaired: text parts joined"
 REWARD_REMOVED = "repaired: reward removed from an untrained turn"
@@ -79,6 +79,24 @@ def read_request(row: Record, field: str) -> list[Turn]:
         return with_tools(read_turns(row, field), row)
     except Drop as drop:
         raise InputError(f"{row.where}: {field}: found {drop}, expected messages of text") from drop
+
+
+def read_dialogue(
+    dialogue: str | Sequence[Turn | Mapping[str, Any]], where: str, field: str = "prompt"
+) -> tuple[Turn, ...]:
+    """Return the turns of a dialogue, which is a text (one user turn) or a list of turns or messages.
+
+    Args:
+      dialogue: the text or list.
+      where: the start of error messages, such as "file:row".
+      field: the field that holds the dialogue.
+    Raises: InputError as `read_request` does.
+    """
+    given = dialogue if isinstance(dialogue, list | tuple) else ()
+    messages = [messages_of([turn])[0] if isinstance(turn, Turn) else turn for turn in given]
+    turns = read_request(Record({field: messages or dialogue}, where, Counter()), field)
+    # A turn stays as it is: reading it as a message would drop its name.
+    return tuple(own if isinstance(own, Turn) else read for own, read in zip(given or turns, turns, strict=True))
 
 
 def with_tools(turns: Sequence[Turn], row: Record) -> list[Turn]:

@@ -17,7 +17,8 @@ from offline_lmrl.comparison.report import table
 from offline_lmrl.comparison.rows import read_results
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import Failed, InputError
-from offline_lmrl.evaluation.offline_report import OfflineReport, choose_beta
+from offline_lmrl.evaluation.choices import Choice
+from offline_lmrl.evaluation.offline_report import OfflineReport
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import write_comparisons, write_trajectories
 from offline_lmrl.logs.protocols import Reply
@@ -60,11 +61,9 @@ class Gambler:
         return [Reply(text(self.seeds[row]), (5, 2), (-0.1, -0.1), (-0.1, -0.1)) for row in rows]
 
 
-def evaluate_offline(_, logs, betas, kl_budget):
+def evaluate_offline(_, logs, betas, asks, progress):
     by_beta = [{"beta": beta, "kl": KL[beta], "changed": 0.0} for beta in betas]
-    return OfflineReport(
-        len(logs), 0, {}, None, kl_budget, calibration=[], by_beta=by_beta, beta=choose_beta(by_beta, kl_budget)
-    )
+    return OfflineReport(len(logs), 0, {}, None, calibration=[], by_beta=by_beta, chosen=Choice(2.0))
 
 
 @pytest.fixture
@@ -107,7 +106,6 @@ def world(tmp_path, monkeypatch):
         "evaluation": {
             "episodes": 30,
             "betas": [1, 2, 4, 8],
-            "kl_budget": 0.1,
             "score": {"min": -1, "mean": 3, "max": 6},
             "selection": {"episodes": 12, "first_seed": 500},
         },
@@ -174,13 +172,13 @@ def test_results_hold_a_row_per_method_seed_and_setting(world):
     assert [row["seed"] for row in episodes] == list(range(30)) and episodes[0]["labels"]["choice"] == "safe"
 
 
-def test_beta_is_chosen_within_the_budget_and_by_returns_on_other_episodes(world):
+def test_beta_is_chosen_offline_and_by_returns_on_other_episodes(world):
     run(world)
     rows = [
         row for row in run_rows(world) if row["method"] == "ilql" and row["decode"] == "sampled" and row["seed"] == 0
     ]
     offline, returns = rows
-    assert (offline["beta_chosen"], offline["beta"]) == ("offline", 2.0)  # KL .1 is within .1, .2 is not
+    assert (offline["beta_chosen"], offline["beta"]) == ("offline", 2.0)
     assert (returns["beta_chosen"], returns["beta"]) == ("returns", 4.0)  # 8 spoils the text; 4 is never a gamble
     assert [entry["beta"] for entry in returns["betas_tried"]] == [1, 2, 4, 8] and returns["cost"]["selection_tokens"]
     for _, _, beta, seeds in Gambler.played:
@@ -486,7 +484,7 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     assert cost["awr"] == pytest.approx(cost["ilql"] + cost["bc"], rel=0.1)  # itself, the critic, and bc once
     assert all(row["cost"]["training_tokens"] > 0 and row["cost"]["training_seconds"] > 0 for row in rows)
     # Value heads start as a constant, so guidance moves nothing yet
-    assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 1.0
+    assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 0.0
     assert rows[3]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3)  # the same, sampled
     assert rows[2]["calibration"] and {row["decode"] for row in rows if row["kl"] is not None} == {"sampled"}
     assert "ilql, sampled, β offline" in (world.out / "report" / "report.md").read_text()

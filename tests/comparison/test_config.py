@@ -132,7 +132,7 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"evaluation.episodes": 0}, "evaluation.episodes: found 0, expected at least 1"),
         ({"evaluation.episodes": 2.5}, "evaluation.episodes: found 2.5, expected a whole number"),
         ({"evaluation.betas": [-1]}, "evaluation.betas: found"),
-        ({"evaluation.kl_budget": float("nan")}, "evaluation.kl_budget: found nan"),
+        ({"evaluation.offline_rows": 0}, "evaluation.offline_rows: found 0"),
         ({"evaluation.decoding": {"beta": 2}}, "evaluation.decoding.beta: found a value"),
         ({"evaluation.score": {"min": 1}}, "evaluation.score.mean: missing, expected a finite number"),
         ({"evaluation.selection": {"first_seed": 49}}, "evaluation.selection.first_seed: found 1 episode seeds"),

@@ -230,3 +230,42 @@ def test_a_lora_policy_plays_guided(tokenizer, renderer):
     lora = peft.get_peft_model(guided, peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
     after = generate_texts(LanguagePolicy(lora, renderer, form), [dialogue("hi")])
     assert after[0][0].token_ids == before[0][0].token_ids  # a fresh adapter changes nothing
+
+
+# Requests and chats
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"beta": 0.0, "top_k": None, "stop": ("e",)}])
+def test_a_chat_streams_the_text_that_a_session_replies(run, settings):
+    policy = LanguagePolicy.load(run, device="cpu")
+    turns = [Turn("user", "move left"), Turn("assistant", "move right"), Turn("user", "you are at 1, 2")]
+    (reply,) = policy.with_decoding(**settings).start([3]).reply([0], [turns])
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    pieces = list(policy.stream(messages, seed=3, **settings))
+    assert "".join(pieces) == reply.text == policy.chat(turns, seed=3, **settings) != ""
+    assert all(pieces)
+    alone = policy.start([0]).reply([0], [turns[:1]])[0].text
+    assert policy.chat("move left") == policy.chat(turns[:1]) == alone
+
+
+def test_a_request_sees_what_a_session_sees(run):
+    policy = LanguagePolicy.load(run, device="cpu")
+    turns = (Turn("system", "there is a wall above"), Turn("user", "you are at 1, 2"))
+    request = policy.request(turns, seed=5, max_new_tokens=7)
+    assert request.prompt == policy.null_window(turns, reserve=7)
+    assert (request.seed, request.config.max_new_tokens, request.config.beta) == (5, 7, 2.0)
+
+
+@pytest.mark.parametrize(
+    "dialogue, changes, message",
+    [
+        ([], {}, "^dialogue: messages: found .*expected text or a list of messages"),
+        ([{"role": "user"}], {}, "dialogue: messages"),
+        ("move left", {"temperature": -1.0}, "^temperature: found -1.0"),
+        ("move left", {"ask": 3.0}, "^ask: found 3.0, expected null"),
+        ("move left", {"condition_scale": 1.0}, "^condition_scale: found 1.0, expected 0"),
+    ],
+)
+def test_a_request_that_the_model_cannot_serve_is_refused(run, dialogue, changes, message):
+    with pytest.raises(InputError, match=message):
+        LanguagePolicy.load(run, device="cpu").request(dialogue, **changes)

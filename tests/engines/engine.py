@@ -24,10 +24,11 @@ def needs_engines(test):
 
 
 def play(jobs, folder, **environment):
-    """The answers to the jobs of tests/engines/player.py, by name; its messages are in `folder`/log."""
+    """The answers to the jobs of tests/engines/player.py, and their seconds, by name; `folder`/log has messages."""
     (folder / "jobs").write_text(json.dumps(jobs))
     command = [PYTHON, "-m", "tests.engines.player", folder / "jobs", folder / "answers"]
     with open(folder / "log", "w") as log:
         done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT | environment, stdout=log, stderr=log)
     assert done.returncode == 0, (folder / "log").read_text()[-2000:]
-    return dict(json.loads(line) for line in (folder / "answers").read_text().splitlines())
+    answers = [json.loads(line) for line in (folder / "answers").read_text().splitlines()]
+    return {name: replies for name, replies, _ in answers}, {name: seconds for name, _, seconds in answers}

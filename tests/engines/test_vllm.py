@@ -85,7 +85,7 @@ def tiny(family, kind="tied", **changes):
 
 def of_run(model, form, prompts):
     """The run's replies, as token ids."""
-    renderer = SimpleNamespace(close_ids=frozenset({CLOSE}), decode=str)
+    renderer = SimpleNamespace(close_ids=frozenset({CLOSE}), decode=str, reply_frame=("", ""))
     return [list(reply.token_ids) for reply in Sampler(model, renderer, form).sample(prompts, range(len(prompts)))]
 
 
@@ -146,7 +146,7 @@ def played(tmp_path_factory):
     ]
     jobs["plain"] = job(folder / "plain", None, batch(SHORT))
     jobs["no heads"] = job(folder / "plain", "GuidedLlamaForCausalLM")
-    return play(jobs, folder), expected
+    return play(jobs, folder)[0], expected
 
 
 @torch.no_grad()
@@ -222,5 +222,5 @@ def test_other_models_of_the_environment_play_as_ever(played):
 def test_the_v2_model_runner_is_refused_with_the_way_out(tmp_path):
     architecture = write_vllm(tiny("llama"), FORM, CLOSE, tmp_path / "llama")
     jobs = {"v2": job(tmp_path / "llama", architecture)}
-    answer = play(jobs, tmp_path, VLLM_USE_V2_MODEL_RUNNER="1")["v2"]
+    answer = play(jobs, tmp_path, VLLM_USE_V2_MODEL_RUNNER="1")[0]["v2"]
     assert "V2 model runner (start with VLLM_USE_V2_MODEL_RUNNER=0)" in answer

@@ -13,7 +13,6 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import guidance_by_beta, measure_logs, show
 from offline_lmrl.evaluation.offline_report import (
     calibration,
-    choose_beta,
     evaluate_offline,
     ranking_accuracy,
     value_ranking,
@@ -153,11 +152,6 @@ def test_divergence_of_guidance_is_exact(beta, decoding, kl, changed):
         assert entry["changed"] == changed / 2
 
 
-def test_the_largest_beta_within_the_budget_is_chosen():
-    by_beta = [{"beta": 1.0, "kl": 0.1}, {"beta": 8.0, "kl": 0.4}, {"beta": 4.0, "kl": 0.3}]
-    assert choose_beta(by_beta, 0.3) == 4.0 and choose_beta(by_beta, 0.05) == 0.0
-
-
 def test_calibration_sets_predictions_beside_returns():
     steps = measure_logs(table_policy(), [said("a", 2.0), said("b", 6.0)])
     # Q of a, two closings and b: 1, 2, 2, 3; in two bins: (a, closing of a), (closing of b, b)
@@ -203,15 +197,15 @@ def test_turns_and_rows_are_ordered_with_one_reply_per_prompt():
 
 def test_the_report_prints_everything_and_chooses_beta():
     logs = [said("b", 1.0), said("a", 0.0)]
-    report = evaluate_offline(table_policy(), logs, betas=[0.1, math.log(3)], kl_budget=0.1, prompts=0)
-    assert report.agent_tokens == 4 and report.beta == 0.1 and report.ranking.mean == 1.0
+    report = evaluate_offline(table_policy(), logs, betas=[0.1, math.log(3)], prompts=0)
+    assert report.agent_tokens == 4 and report.chosen is None and report.ranking.mean == 1.0
     assert report.log_prob.mean == pytest.approx((math.log(0.25) + math.log(0.75)) / 4)
     text = str(report)
-    assert "2 trajectories, 4 agent tokens" in text and "beta chosen offline: 0.1" in text and "n=1" in text
+    assert "2 trajectories, 4 agent tokens" in text and "chosen" not in text and "n=1" in text
 
 
 def test_a_policy_without_heads_has_its_likelihood_only():
-    report = evaluate_offline(table_policy(heads=False), [said("a", 0.0)], betas=[1.0], kl_budget=0.1, prompts=0)
+    report = evaluate_offline(table_policy(heads=False), [said("a", 0.0)], betas=[1.0], prompts=0)
     assert report.by_beta is None and "beta" not in str(report)
     with pytest.raises(InputError, match="betas: found"):
         measure_logs(table_policy(heads=False), [said("a", 0.0)], [1.0])

@@ -2,6 +2,7 @@
 share, and the folder. tests/engines plays the same inside vLLM."""
 
 import json
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
 from offline_lmrl.errors import InputError
-from offline_lmrl.export.vllm import check_vllm, command_line, write_vllm
+from offline_lmrl.export.prompts import HeldOut
+from offline_lmrl.export.run import export_run
+from offline_lmrl.export.vllm import VLLM, VLLMPlayer, check_vllm, command_line, write_vllm
 from offline_lmrl.export.vllm_guidance import (
     LMHead,
     PlayedHeads,
@@ -24,6 +27,7 @@ from offline_lmrl.export.vllm_guidance import (
     stored_form,
 )
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from tests.export.test_plain import PROMPTS, SPECS, valued_run
 from tests.tiny_models import VOCABULARY, WIDTH, guided_model
 
 KINDS = ("tied", "linear", "mlp")
@@ -214,6 +218,16 @@ def test_an_adapter_is_merged_and_the_heads_stay(tmp_path):
     assert_close(load_file(tmp_path / "folder" / "model.safetensors")["value_heads.target_q.map"], before)
 
 
+def test_an_adapter_on_the_lm_head_would_change_q(tmp_path):
+    peft = pytest.importorskip("peft")
+    settings, guided = peft.LoraConfig(target_modules=["lm_head"], r=2), DecodingConfig(beta=4.0)
+    settings.init_lora_weights = False
+    own_rows, tied = (peft.get_peft_model(guided_model("llama", kind), settings) for kind in ("mlp", "tied"))
+    write_vllm(own_rows, guided, 2, tmp_path / "mlp")
+    with pytest.raises(InputError, match="found an adapter on the LM head"):
+        write_vllm(tied, guided, 2, tmp_path / "tied")
+
+
 def test_what_vllm_cannot_play_is_refused(tmp_path):
     heads, guided = {"value_heads": {"kind": "tied", "heads": 2}}, DecodingConfig(beta=2.0)
     check_vllm(heads, guided)
@@ -233,3 +247,29 @@ def test_the_command_line_names_the_guided_architecture_in_a_form_that_a_shell_r
     assert line.startswith("VLLM_USE_V2_MODEL_RUNNER=0 python -m vllm.entrypoints.openai.api_server")
     assert line.endswith("""--hf-overrides '{"architectures": ["GuidedLlamaForCausalLM"]}'""")
     assert """'exports/it'"'"'s mine'""" in line
+
+
+def test_without_vllm_the_export_is_refused_with_both_ways_out_and_force_writes_it_unplayed(tmp_path):
+    run = valued_run(tmp_path / "run", spec=SPECS["llama"], beta=2.0)
+    held_out = HeldOut(prompts=PROMPTS)
+    with pytest.raises(InputError, match="form.python: found no vLLM .* give --form.python PYTHON.*, or --force"):
+        export_run(run, tmp_path / "out", "vllm", held_out=held_out)
+    with pytest.raises(InputError, match="form.python: found gone .No such file.*, expected an interpreter"):
+        export_run(run, tmp_path / "out", VLLM(python="gone"), held_out=held_out)
+    report = export_run(run, tmp_path / "out", "vllm", held_out=held_out, force=True)
+    assert "The export was not played beside the run" in str(report)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**It was not played, and was written by force.**" in card
+    assert f"--model {tmp_path / 'out'} " in card and "<assistant>" in card
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["do_sample"], generation["top_k"]) == (1.0, True, 0)
+    assert "top_p" not in generation and "min_p" not in generation  # vLLM would apply them after guidance
+
+
+def test_a_vllm_that_ends_is_one_line_with_its_error(tmp_path):
+    write_vllm(guided_model("llama", "tied"), DecodingConfig(beta=4.0), 2, tmp_path / "folder")
+    with open(tmp_path / "log", "w+") as log:
+        player = VLLMPlayer(sys.executable, tmp_path / "folder", frozenset({2}), log)
+        with pytest.raises(InputError, match="does not play the export: ModuleNotFoundError: No module named 'vllm'"):
+            player.play([[1, 2]], DecodingConfig(temperature=0.0, max_new_tokens=4), 0)
+        player.close()

@@ -1,0 +1,39 @@
+"""The rule by which β, or the return to request, is chosen from held-out logs alone.
+
+    1. A choice must not break the text: of its replies to held-out prompts, at most MORE_BROKEN more than of the plain
+       policy's are broken (empty, unfinished, looping, or less likely than the least likely 1 % of plain replies).
+    2. Among these, the choice with the best cautious realised advantage: the middle between the estimate and the lower
+       end of its 95 % interval, about one standard error below the estimate (realised.py).
+    3. If none is above 0, the plain policy: without guidance and without a requested return.
+
+The advantage grows with β as long as Q orders held-out outcomes, its error grows faster where Q does not, and only
+replies show what a choice does to text beyond the states of the logs. How much of the gain of choosing by play the
+rule keeps is measured in configs/guides/choosing_beta.md.
+"""
+
+from collections.abc import Sequence
+
+from offline_lmrl.evaluation.choices import ChoiceRow
+
+MORE_BROKEN = 0.05  # a share of replies
+RULE = (
+    f"the largest realised advantage, cautiously taken between the estimate and the lower end of its interval, among "
+    f"choices with at most {MORE_BROKEN:.0%} more broken replies than β 0; β 0 if none is above 0"
+)
+
+
+def choose(rows: Sequence[ChoiceRow]) -> ChoiceRow:
+    """Return the chosen row.
+
+    Args:
+      rows: `ChoiceTable.rows`; the first is the plain policy's.
+    """
+    plain = rows[0]
+    fluent = [row for row in rows[1:] if row.broken <= plain.broken + MORE_BROKEN and row.realised is not None]
+    best = max(fluent, key=cautious, default=plain)  # of equals, the first
+    return best if best is not plain and cautious(best) > 0 else plain
+
+
+def cautious(row: ChoiceRow) -> float:
+    """Return the middle between the row's realised advantage and the lower end of its interval, in reward units."""
+    return (row.realised.mean + row.realised.low) / 2

@@ -1,0 +1,292 @@
+"""Distil a run whose guidance does not fold into weights: train plain weights toward the guided distribution.
+
+A copy of the policy, without heads and with its adapter merged, is trained on
+
+    L = mean over states of KL(p ‖ q),    p = the run's distribution (decoding/distribution.py),    q = softmax(z / T)
+
+where z are the logits of the copy and T is the run's temperature (1 in place of 0), by which engines divide as well.
+At the optimum z = T · log p + a constant: the copy at T is the run at T, and its greedy replies are the run's. This is
+the forward KL: tokens that the run's filters drop have p = 0 and need no logarithm. The states are those of logged
+replies and of replies that are drawn anew every few steps, first by the run and then by the copy itself (on-policy
+distillation: Agarwal et al. 2024, GKD), because the copy will be read after its own tokens.
+
+Only the last layers and the final norm are trained: the values are functions of the hidden states that they compute,
+and a backward pass through all layers costs several times as much. The LM head stays as it is, so a model whose LM
+head is its embedding keeps it so, and only changes of π that the LM head can express are learnt.
+"""
+
+import copy
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from offline_lmrl.decoding.config import DecodingConfig
+from offline_lmrl.decoding.distribution import divisor, reduce_q
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import Sampler
+from offline_lmrl.errors import require
+from offline_lmrl.evaluation.metrics import mean_interval
+from offline_lmrl.export.beside import IDENTICAL, LOG_PROB, Q_PER_TOKEN, REWARD, Row
+from offline_lmrl.export.playing import GeneratePlayer
+from offline_lmrl.export.prompts import encode_prompts
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.terminal import progress_bar
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.models.guided import as_guided
+from offline_lmrl.models.plain import plain
+from offline_lmrl.models.step_outputs import CHUNK, States, packed_logits, split_rows
+from offline_lmrl.settings import setting
+from offline_lmrl.tokens.batching import TokenBatch, token_rows
+
+WARM_UP = 0.05  # share of the steps in which the learning rate rises; it then falls linearly to a tenth
+MEASURED = 200  # own replies on which the bounds are measured
+LARGEST_KL = 0.02  # nats per token
+LARGEST_SHIFT = 0.05  # of the standard deviation of Q per token over replies
+
+Text = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of the reply to it
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of distillation, which have no effect where guidance folds exactly."""
+
+    steps: int = setting(300, "Distillation: number of optimizer steps.")
+    batch_size: int = setting(8, "Distillation: replies per step, half of them logged.")
+    learning_rate: float = setting(3e-4, "Distillation: highest learning rate of AdamW.")
+    layers: int | None = setting(10, "Distillation: number of last layers that are trained; null = all.")
+    rounds: int = setting(3, "Distillation: how often replies are drawn, first by the run, then by the export itself.")
+    prompts: int = setting(200, "Distillation: number of logged prompts that are replied to in each round.")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "rounds", "prompts"):
+            require(vars(self)[name] >= 1, f"form.{name}: found {vars(self)[name]}, expected at least 1")
+        require(self.learning_rate > 0, f"form.learning_rate: found {self.learning_rate}, expected a number above 0")
+        require(
+            self.layers is None or self.layers >= 1, f"form.layers: found {self.layers}, expected at least 1, or null"
+        )
+
+
+def distil(policy: LanguagePolicy, logged: Sequence[Text], settings: Distillation) -> PreTrainedModel:
+    """Train plain weights toward the distribution of a guided run.
+
+    Args:
+      policy: the run, which stays as it is.
+      logged: logged replies; their prompts are replied to as well.
+      settings: the settings of the training.
+    Returns: a plain model of the base class, in the run's precision and in eval mode.
+    """
+    dtype = policy.model.dtype
+    student = as_guided(plain(copy.deepcopy(policy.model)).float()).eval()
+    weights = _trained_weights(student, settings.layers)
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    rng, per_round = random.Random(0), -(-settings.steps // settings.rounds)
+    of_logs, drawn, own = _endless(logged, rng), iter(()), -(-settings.batch_size // 2)
+    with progress_bar("distilling", settings.steps) as progress:
+        for step in range(settings.steps):
+            if step % per_round == 0:
+                prompts = [prompt for prompt, _ in rng.sample(logged, min(settings.prompts, len(logged)))]
+                drawn = _endless(_replies(policy, None if step == 0 else student, prompts, seed=step), rng)
+            texts = [next(drawn if i < own else of_logs) for i in range(settings.batch_size)]
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
+            _accumulate(policy.model, student, policy.decoding, texts)
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress(step + 1, settings.steps)
+    return plain(student.to(dtype)).requires_grad_(True)
+
+
+def logged_texts(policy: LanguagePolicy, rows: Sequence[Trajectory | Comparison], most: int) -> list[Text]:
+    """Return replies of the data with their prompts, as the run reads them, at most `most` of them, drawn at random.
+
+    A reply is cut to max_new_tokens, as those of the run are.
+    """
+    pairs: list[tuple[Sequence[Turn], Turn]] = []
+    for row in rows:
+        if isinstance(row, Comparison):
+            pairs += [(row.context, option[0]) for option in row.options if option[0].is_trainable]
+        else:
+            pairs += [(row.turns[:i], turn) for i, turn in enumerate(row.turns) if turn.is_trainable]
+    chosen = random.Random(0).sample(pairs, min(most, len(pairs)))
+    prompts = encode_prompts(policy, [[replace(turn, reward=None) for turn in turns] for turns, _ in chosen], None)
+    # Sampled ids may be those of another tokenizer.
+    turns = [replace(turn, token_ids=None, behaviour_log_prob=None) for _, turn in chosen]
+    replies = [policy.renderer.encode_turn(turn).actions[: policy.decoding.max_new_tokens] for turn in turns]
+    return [(prompt.asked, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+
+
+def divergence(
+    teacher: nn.Module, student: PreTrainedModel, decoding: DecodingConfig, batch: TokenBatch
+) -> tuple[Tensor, States, Tensor, Tensor]:
+    """Compute KL(p ‖ q) at the N states of a batch.
+
+    Args:
+      teacher: the guided model.
+      student: a guided model without heads.
+      decoding: the run's settings: the distribution p of `teacher`, and the temperature of q.
+      batch: rows with steps.
+    Returns: the KL in nats, (N,); the states of `teacher`; and log p and log q, (N,V). The KL and log q have the
+      gradient of `student`.
+    """
+    steps, (own, _) = batch["steps"], split_rows(batch)
+    where = steps["row"], steps["state"]
+    with torch.no_grad():
+        logits, hidden = packed_logits(teacher, *where, **own)
+        states = States(teacher, batch["input_ids"], hidden, steps, logits.float())
+        log_p = states.distribution(decoding)
+    logits, _ = packed_logits(student, *where, **own)
+    log_q = (logits.float() / divisor(decoding.temperature)).log_softmax(-1)
+    kl = (log_p.exp() * (log_p.masked_fill(log_p == -torch.inf, 0.0) - log_q)).sum(-1)
+    return kl, states, log_p, log_q
+
+
+def measure(policy: LanguagePolicy, exported: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Row]:
+    """Measure the distance of an export from its run at the states of the export's own replies.
+
+    Both distributions are known at each state, so that their difference has no sampling noise but that of the states.
+
+    Args:
+      policy: the run.
+      exported: the model that engines load, in eval mode; it becomes a guided model without heads.
+      prompts: prompts in token ids, which are repeated until there are MEASURED replies.
+    Returns: the KL per token, and the shift of the expected Q per token, each with its bound.
+    """
+    chosen = [prompts[i % len(prompts)] for i in range(MEASURED)]
+    replies = GeneratePlayer(exported, list).play(chosen, policy.decoding, seed=2)
+    exported, found = as_guided(exported), []
+    with torch.no_grad():
+        for text in zip(chosen, replies, strict=True):
+            kl, states, log_p, log_q = divergence(
+                policy.model, exported, policy.decoding, _batch([text], policy.model.device)
+            )
+            q = reduce_q(states.q(), policy.decoding.q_reduce)
+            # Q of tokens that the run never chooses is not known to anybody, so q is taken within the others.
+            within = log_q.masked_fill(log_p == -torch.inf, -torch.inf).softmax(-1)
+            taken = q.gather(-1, states.steps["action"].unsqueeze(-1)).squeeze(-1)
+            found.append((kl, ((within - log_p.exp()) * q).sum(-1), taken))
+    kl, shift, q = ([values.double().cpu().numpy() for values in column] for column in zip(*found, strict=True))
+    groups = [i % len(prompts) for i in range(MEASURED)]
+    per_token = float(np.concatenate(kl).mean())
+    spread = float(np.std([one.mean() for one in q]))
+    moved, most = mean_interval([one.mean() for one in shift], groups), LARGEST_SHIFT * spread
+    apart = (moved.mean, moved.low, moved.high)
+    return [
+        Row(
+            "KL(run ‖ export) per token",
+            None,
+            per_token,
+            n=MEASURED,
+            bound=f"at most {LARGEST_KL} nats, over {MEASURED} own replies",
+            met=per_token <= LARGEST_KL,
+        ),
+        Row(
+            "expected Q per token",
+            None,
+            moved.mean,
+            apart,
+            spread,
+            MEASURED,
+            f"difference within ± {most:.2g}, {LARGEST_SHIFT} of the standard deviation over own replies",
+            -most <= moved.low and moved.high <= most,
+        ),
+    ]
+
+
+def bounded_distilled(row: Row) -> Row | None:
+    """Return a measure of the comparison of a distilled export with its bound; None = it does not apply.
+
+    The difference of sampled rewards and of Q has to be within LARGEST_SHIFT standard deviations of the run. It misses
+    the bound if its interval is outside; where the interval is only too wide, the row says how many prompts would do.
+    """
+    if row.name == LOG_PROB:  # −inf after a single token that the run's filters drop
+        return None
+    if row.name == IDENTICAL:
+        return replace(row, bound="", met=None)
+    if row.name not in (Q_PER_TOKEN, REWARD):
+        return row
+    _, low, high = row.difference
+    most = LARGEST_SHIFT * row.spread
+    met = True if -most <= low and high <= most else False if low > most or high < -most else None
+    bound = f"difference within ± {most:.2g}, {LARGEST_SHIFT} of the run's standard deviation"
+    if met is None and most > 0:
+        bound += f"; to tell takes about {math.ceil(row.n * ((high - low) / 2 / most) ** 2):,} prompts"
+    return replace(row, bound=bound, met=met)
+
+
+def _accumulate(teacher: nn.Module, student: PreTrainedModel, decoding: DecodingConfig, texts: Sequence[Text]) -> None:
+    """Add the gradient of the mean KL over the states of some replies, for a few replies at a time.
+
+    So many are computed at once that one table over states and vocabulary has at most CHUNK entries.
+    """
+    total = sum(len(reply) for _, reply in texts)
+    vocabulary = student.get_output_embeddings().weight.shape[0]
+    texts = sorted(texts, key=lambda text: len(text[0]) + len(text[1]))  # similar lengths need little padding
+    at_once = max(1, CHUNK // (vocabulary * max(len(reply) for _, reply in texts)))
+    for start in range(0, len(texts), at_once):
+        batch = _batch(texts[start : start + at_once], student.device)
+        (divergence(teacher, student, decoding, batch)[0].sum() / total).backward()
+
+
+def _replies(
+    policy: LanguagePolicy, student: PreTrainedModel | None, prompts: Sequence[Sequence[int]], seed: int
+) -> list[Text]:
+    """Draw a reply to each prompt, from the run, or from the student as an engine plays it."""
+    decoding, model = replace(policy.decoding, stop=()), policy.model
+    if student is not None:
+        model = student
+        decoding = replace(plain_decoding(decoding), beta=0.0)
+    found = Sampler(model, policy.renderer, decoding).sample(prompts, range(seed, seed + len(prompts)))
+    return [(prompt, reply.token_ids) for prompt, reply in zip(prompts, found, strict=True)]
+
+
+def plain_decoding(decoding: DecodingConfig) -> DecodingConfig:
+    """Return the settings with which an engine draws from distilled weights: the run's without filters."""
+    return replace(decoding, top_k=None, top_p=None, min_p=None, support=0.0)
+
+
+def _batch(texts: Sequence[Text], device: torch.device) -> TokenBatch:
+    rows = [[*prompt, *reply] for prompt, reply in texts]
+    states = [range(len(prompt) - 1, len(row) - 1) for (prompt, _), row in zip(texts, rows, strict=True)]
+    return send_to_device(token_rows(rows, states).batch(range(len(rows))), device)
+
+
+def _endless(texts: Sequence[Text], rng: random.Random) -> Iterator[Text]:
+    """Yield the texts again and again, each time in another order."""
+    while True:
+        yield from rng.sample(texts, len(texts))
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the factor on the learning rate."""
+    return min(1.0, (step + 1) / max(1.0, WARM_UP * steps)) * (1 - 0.9 * step / steps)
+
+
+def _trained_weights(student: PreTrainedModel, layers: int | None) -> list[nn.Parameter]:
+    """Freeze all weights of a model but those of its last layers and of the norm after them; return these.
+
+    Args:
+      student: a guided model without heads.
+      layers: number of last layers; None, or more than there are = all.
+    """
+    student.requires_grad_(False)
+    count = student.config.get_text_config().num_hidden_layers
+    lists = (module for module in student.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    stack = next(module for module in lists if len(module) == count)
+    last = stack[-min(layers or count, count) :]
+    inside = {*stack.parameters(), *student.get_output_embeddings().parameters()}
+    inside |= {
+        table for module in student.modules() if isinstance(module, nn.Embedding) for table in module.parameters()
+    }
+    norms = [weight for weight in student.get_decoder().parameters() if weight not in inside]
+    chosen = [*last.parameters(), *norms]
+    for weight in chosen:
+        weight.requires_grad_(True)
+    return chosen
