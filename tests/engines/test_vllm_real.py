@@ -45,7 +45,7 @@ ASKED = [
 ]
 HISTORIES = [[Turn("user", text.format(thing))] for thing in THINGS.split(",") for text in ASKED]
 TOKENS = 24  # of a greedy reply
-BATCH, LENGTH, TIMES = 32, 64, 5  # of the measurement of speed
+BATCH, LENGTH, TIMES = 32, 32, 3  # of the measurement of speed
 NEEDED = 0.8  # of the plain engine's speed
 
 
