@@ -4,7 +4,6 @@ The command line and `compare` call `train`, which builds the same trainer as a 
 """
 
 import copy
-import hashlib
 import json
 import logging
 import tempfile
@@ -14,17 +13,17 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import transformers
 import yaml
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
 from offline_lmrl.errors import InputError, require, shown
+from offline_lmrl.evaluation.while_training import Watch, WatchConfig
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.files import differences, locked, read_object, reading, say_differences, sweep
+from offline_lmrl.logs.files import sweep
 from offline_lmrl.logs.forms import reward_hint
 from offline_lmrl.logs.io import (
     data_hash,
@@ -38,11 +37,11 @@ from offline_lmrl.logs.preferences import RewardKind, to_trajectories
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import require_peft
-from offline_lmrl.renamed import current
+from offline_lmrl.run_folder import COMPLETE, hold, regime, run_there, runs_before, weights_hash
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
 from offline_lmrl.tokens.tokenizers import load_tokenizer, train_tokenizer
-from offline_lmrl.training.checkpoint import checkpoints, noted_signals, step_of
+from offline_lmrl.training.checkpoint import noted_signals, step_of
 from offline_lmrl.training.config import BaseConfig
 from offline_lmrl.training.trainer import BaseTrainer
 
@@ -50,8 +49,6 @@ log = logging.getLogger(__name__)
 
 Rows = Sequence[Trajectory] | Sequence[Comparison]
 SPEED = ("processes",)  # settings that change no result and are left out of the resolved config
-LENGTH = ("args.max_steps", "args.num_train_epochs")  # settings that may be larger when a run is extended
-COMPLETE = "complete.json"  # written last, so it marks a complete run
 PREFERENCE = ("reward", "reward_at", "normalise")  # settings of `to_trajectories`
 
 
@@ -136,6 +133,7 @@ class RunConfig:
     args: the algorithm's settings; `output_dir` is the run's folder.
     environment: arguments of `make_environment`: `name` and the environment's settings, for an algorithm that plays;
       None = no environment.
+    evaluation: how the policy is measured while it trains; None = on validation data alone.
     """
 
     algorithm: str
@@ -143,6 +141,7 @@ class RunConfig:
     data: DataConfig
     args: BaseConfig
     environment: Mapping[str, Any] | None = None
+    evaluation: WatchConfig | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Return all settings that determine the run's result, as plain values: the main part of config.yaml."""
@@ -154,7 +153,8 @@ class RunConfig:
         }
         sources = {"algorithm": self.algorithm, "model": asdict(self.model), "data": asdict(self.data)}
         # Through JSON, so that tuples are lists as in the config.yaml with which this is compared.
-        return json.loads(json.dumps({**sources, **played, "args": values}))
+        watched = {"evaluation": self.evaluation and asdict(self.evaluation)}
+        return json.loads(json.dumps({**sources, **played, **watched, "args": values}))
 
 
 def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
@@ -315,65 +315,6 @@ def input_hashes(model: ModelConfig, rows: Rows, validation: Rows | None, args: 
     return found if args.named_run is None else found | {"value_weights": weights_hash(args.named_run)}
 
 
-def weights_hash(folder: str | None) -> str | None:
-    """Return the sha256 of the *.safetensors files in a local folder; None if there are none."""
-    files = sorted(Path(folder).glob("*.safetensors")) if folder else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "shorter"]:
-    """Compare the run in a folder with a config.
-
-    Args:
-      folder: the folder.
-      config: the resolved config of the run that is asked for.
-    Returns: "same" = the folder holds this run; "shorter" = it holds this run with fewer steps or epochs, which can be
-      extended; "none" = it holds no run, or another run that ended before its first checkpoint.
-    Raises: InputError if the folder holds another run; the message names all settings that differ.
-    """
-    file = folder / "config.yaml"
-    if not file.exists():
-        return "none"
-    with reading(file, "the settings of a run; take another output_dir, or remove this one"):
-        found = current(yaml.safe_load(file.read_text(encoding="utf-8")))
-        if not isinstance(found, dict):
-            raise TypeError("no mapping")
-    other = differences(found, config)
-    if all(_is_longer(name, *values) for name, values in other.items()):
-        return "shorter" if other else "same"
-    if not (folder / COMPLETE).exists() and not checkpoints(folder):
-        return "none"
-    raise InputError(f"{file}: {say_differences(found, config)}; take another output_dir, or remove this one")
-
-
-def _is_longer(name: str, there: Any, here: Any) -> bool:
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (there, here))
-    return name in LENGTH and numbers and 0 < there < here
-
-
-def _hold(folder: Path, args: BaseConfig, held: ExitStack) -> None:
-    """Lock the folder in the process that writes there, until `held` is closed; if that fails, raise in all processes.
-
-    Raises: InputError if another command holds the lock.
-    """
-    refused: list[InputError | None] = [None]
-    if args.should_save:
-        try:
-            held.enter_context(locked(folder))
-        except InputError as error:
-            refused = [error]
-    if args.world_size > 1:
-        broadcast_object_list(refused)
-    if refused[0] is not None:
-        raise refused[0]
-
-
 def train(
     config: RunConfig,
     players: Mapping[str, Any] | None = None,
@@ -405,10 +346,16 @@ def train(
             sweep(folder)  # a process that was killed after complete.json may have left temporary files
         return folder
     with ExitStack() as held:
-        _hold(folder, args, held)
+        hold(folder, args, held)
         there = run_there(folder, resolved)  # again under the lock: another process may have trained meanwhile
         world = open_environment(config, players or {})
         trainer = build_trainer(config, rows, validation, world)
+        if config.evaluation is not None:
+            trainer.add_callback(Watch(trainer, config.evaluation, validation))
+        trainer.regime = regime(config.algorithm, resolved)
+        for name, one in trainer.data.items():
+            field = "train" if name == "training" else name
+            one |= {"path": asdict(config.data)[field], "hash": resolved["input_hashes"][field]}
         checkpoint = None if there == "none" else trainer.last_checkpoint()
         require(
             there != "shorter" or checkpoint is not None or not (folder / COMPLETE).exists(),
@@ -432,6 +379,7 @@ def train(
                 **trainer.costs(),
                 **trainer.outcome,
                 **(costs or {}),
+                "regime": trainer.regime,
                 "start_tokens": sum(before.values()),
                 "before": before,
                 "counts": dict(+counts + trainer.counts),
@@ -457,45 +405,6 @@ def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, exte
         )
 
 
-def read_report(folder: str | Path) -> dict[str, Any]:
-    """Return the contents of complete.json, the report that a run writes when it ends.
-
-    Args:
-      folder: the run directory.
-    Returns: costs, such as `steps` and `training_tokens`, and measurements, such as those at the end of training, by
-      name; and three further entries:
-      before: folder of each run that this run builds on -> its training tokens.
-      start_tokens: the sum of these training tokens.
-      counts: description of a fault of the data -> number of cases.
-    Raises: InputError if the file is missing or damaged.
-    """
-    file = Path(folder) / COMPLETE
-    advice = "the report of a finished run; remove this file and train again, which finishes the run"
-    report = read_object(file, advice)
-    with reading(file, advice):
-        tokens = [report["training_tokens"], *report.get("before", {}).values()]
-        if not all(isinstance(count, int | float) for count in tokens):
-            raise TypeError("training tokens that are not numbers")
-    return report
-
-
-def runs_before(*folders: str | None) -> dict[str, int]:
-    """Return the training tokens of the runs in these folders and of all runs that they build on, by folder.
-
-    A run on which several others build is in the result once.
-
-    Args:
-      folders: run directories; None and folders without a complete run are skipped.
-    Returns: folder of the run -> its training tokens.
-    """
-    found: dict[str, int] = {}
-    for folder in filter(None, folders):
-        if (Path(folder) / COMPLETE).exists():
-            report = read_report(folder)
-            found |= report.get("before", {}) | {str(Path(folder).resolve()): report["training_tokens"]}
-    return found
-
-
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Build everything that `train` builds, but do not train.
 
@@ -503,6 +412,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
       memory in bytes (fp32, AdamW), and counts of dropped data.
     """
     args, counts = copy.copy(config.args), Counter()
+    args.push_to_hub = False  # Trainer creates the repository
     config = replace(config, args=args)
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir
         world = open_environment(config, {})

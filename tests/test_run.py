@@ -134,6 +134,27 @@ def test_a_resumed_run_counts_all_its_tokens(tmp_path, data):
     assert (resumed / "complete.json").read_text() == (straight / "complete.json").read_text()
 
 
+def test_settings_that_change_no_result_may_differ(tmp_path, data):
+    done = cloned(tmp_path / "run", data)
+    assert cloned(tmp_path / "run", data, save_total_limit=7, eval_strategy="epoch", run_name="other") == done
+    with pytest.raises(InputError, match="args.seed: found 42, expected 1"):
+        cloned(tmp_path / "run", data, seed=1)
+
+
+def test_a_setting_whose_name_ends_in_token_is_stored_and_noticed(tmp_path, data):
+    def train(**values):
+        args = settings(tmp_path / "run", ILQLConfig, max_steps=1, hub_token="secret", **values)
+        return run.train(RunConfig("ilql", scratch(), data, args))
+
+    file = train(discount_per_token=0.9) / "config.yaml"
+    assert yaml.safe_load(file.read_text())["args"]["discount_per_token"] == 0.9 and "secret" not in file.read_text()
+    with pytest.raises(InputError, match="args.discount_per_token: found 0.9, expected 0.8"):
+        train(discount_per_token=0.8)
+    # An older run has hidden the number, which is then not compared.
+    file.write_text(file.read_text().replace("discount_per_token: 0.9", "discount_per_token: <DISCOUNT_PER_TOKEN>"))
+    assert train(discount_per_token=0.8) == file.parent
+
+
 def test_a_dry_run_leaves_nothing_behind(tmp_path, data):
     before = sorted(tmp_path.iterdir())
     args = settings(tmp_path / "runs" / "new")

@@ -273,4 +273,5 @@ class ILQLTrainer(OfflineTrainer):
         logged["value/q"] = outputs["q"].mean(0)
         logged["value/v"] = outputs["v"]
         logged["value/advantage"] = outputs["target_q"] - outputs["v"]
+        logged["value/return_to_go"] = steps["return_to_go"]  # the mean that Q of the data's own policy would have
         return total, logged

@@ -40,7 +40,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.decoding.config import DecodingConfig
@@ -301,21 +300,28 @@ class Rollouts:
     def __init__(self, config: PPOConfig, player: LanguagePolicy, environment: Any, accelerator: Accelerator):
         self.config, self.player, self.environment, self.accelerator = config, player, environment, accelerator
 
-    def play(self, iteration: int, bar: tqdm | None = None) -> list[Trajectory]:
-        """Play this process's share of an iteration's episodes; no seed is used twice in a run.
+    def seeds(self, iteration: int) -> range:
+        """Return the seeds of this process's share of an iteration's episodes; no seed is used twice in a run.
 
         Args:
           iteration: number of the iteration, from 0.
-          bar: shows the number of episodes played; None = no progress bar.
-        Returns: one trajectory per episode, with the environment's rewards.
         """
         config = self.config
         # Iterations, and runs that differ in their seed alone, get disjoint ranges of episode seeds.
         first = config.first_seed + (config.seed * config.max_steps + iteration) * config.episodes
-        seeds = range(first, first + config.episodes)[config.process_index :: config.world_size]
-        show = None if bar is None else lambda done, total: bar.set_postfix(played=f"{done}/{total}")
+        return range(first, first + config.episodes)[config.process_index :: config.world_size]
+
+    def play(self, iteration: int, progress: Callable[[int, int], None] | None = None) -> list[Trajectory]:
+        """Play this process's share of an iteration's episodes.
+
+        Args:
+          iteration: number of the iteration, from 0.
+          progress: called with the numbers of episodes (played, in all); None = not called.
+        Returns: one trajectory per episode, with the environment's rewards.
+        """
+        config, seeds = self.config, self.seeds(iteration)
         with self.accelerator.autocast():
-            episodes = rollout(self.player, self.environment, seeds, max_turns=config.max_turns, progress=show)
+            episodes = rollout(self.player, self.environment, seeds, max_turns=config.max_turns, progress=progress)
         if config.save_rollouts:
             part = f"-{config.process_index}" if config.world_size > 1 else ""
             file = Path(config.output_dir) / "rollouts" / f"iteration-{iteration:05d}{part}.jsonl"
@@ -787,19 +793,20 @@ class PPOTrainer(LoopTrainer):
         args = self.args
         self.begin(resume_from_checkpoint)
         self.rollouts.remove_from(self.iteration)
-        started, hidden = time.monotonic(), args.disable_tqdm or not self.accelerator.is_main_process
-        with tqdm(total=args.max_steps, initial=self.iteration, desc="ppo", disable=hidden, leave=False) as bar:
+        started = time.monotonic()
+        with self.display.training(self.iteration, args.max_steps):
             while self.iteration < args.max_steps:
-                metrics = self.iterate(bar)
-                bar.update()
-                bar.set_postfix(score=f"{metrics['score']:.3g}", kl=f"{metrics['kl']:.3g}")
+                self.iterate()
+                self.display.advance(self.iteration, args.max_steps)
                 self.finish_iteration()
         self.log({"train_runtime": time.monotonic() - started})
+        self.display.summarise(args.output_dir)
 
-    def iterate(self, bar: tqdm | None = None) -> dict[str, float]:
-        """Run one iteration: play episodes, learn from them, log and return metrics; `bar` shows the progress."""
+    def iterate(self) -> dict[str, float]:
+        """Run one iteration: play episodes, learn from them, log and return metrics."""
         args, began = self.args, time.monotonic()
-        trajectories = self.rollouts.play(self.iteration, bar)
+        with self.display.bar("playing", len(self.rollouts.seeds(self.iteration))) as progress:
+            trajectories = self.rollouts.play(self.iteration, progress)
         played = time.monotonic()
         metrics = self.learn(trajectories)
         self.iteration += 1

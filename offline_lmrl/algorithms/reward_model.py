@@ -51,6 +51,7 @@ from offline_lmrl.logs.io import (
     store_comparisons,
 )
 from offline_lmrl.logs.preferences import binarised
+from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import (
@@ -261,6 +262,11 @@ class RewardModelTrainer(BaseTrainer):
     """
 
     algorithm = "reward_model"
+    next_commands = (
+        "evaluate scorer {run} --data HELD_OUT.jsonl",
+        "relabel DATA.jsonl --scorer {run} --output SCORED.jsonl",
+        "plot {run}",
+    )
 
     def prepare(self, model, train: Rows, held_out: Rows | None):
         args = self.args
@@ -393,7 +399,8 @@ class RewardModelTrainer(BaseTrainer):
             return
         order = np.random.default_rng(0).permutation(len(self.reference))[:NORMALISED_ON]
         scores = []
-        for start in range(0, len(order), self.args.eval_batch_size):
+        starts = range(0, len(order), self.args.eval_batch_size)
+        for start in tracked(starts, "normalising scores", len(starts)):
             batch = self._prepare_inputs(self.reference.batch(order[start : start + self.args.eval_batch_size]))
             scores.append(option_scores(model, batch, self.args.head))
         score = torch.cat(scores)

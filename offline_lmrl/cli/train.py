@@ -49,7 +49,9 @@ def train(argv: Sequence[str]) -> None:
                 prepare_from_settings(values.prepare)
             elif PartialState().is_main_process:
                 print(f"{values.data.train} exists and is not prepared again", file=sys.stderr)
-    config = run.RunConfig(values.algorithm, values.model, values.data, values.args, values.environment)
+    config = run.RunConfig(
+        values.algorithm, values.model, values.data, values.args, values.environment, values.evaluation
+    )
     if values.dry_run:
         for name, value in run.dry_run(config).items():
             print(visible(f"{name}: {value:,}"))
@@ -81,7 +83,7 @@ def train_settings(argv: Sequence[str]) -> SimpleNamespace:
     Args:
       argv: the command line after `train`: FILE.yaml or the name of a shipped config, then settings that override it.
     Returns: `algorithm`, its name; `model`, a ModelConfig; `data`, a DataConfig; `args`, the algorithm's config;
-      `prepare` and `environment`, mappings or None; and `dry_run`, a bool.
+      `prepare` and `environment`, mappings or None; `evaluation`, a WatchConfig or None; and `dry_run`, a bool.
     Raises: InputError if the algorithm is missing, or a setting cannot be used.
     """
     file, rest = split_file(argv)
@@ -93,6 +95,7 @@ def train_settings(argv: Sequence[str]) -> SimpleNamespace:
     from transformers import TrainingArguments
 
     from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
+    from offline_lmrl.evaluation.while_training import WatchConfig
     from offline_lmrl.run import DataConfig, ModelConfig
 
     config_class, _ = load_algorithm(algorithm)
@@ -111,6 +114,11 @@ def train_settings(argv: Sequence[str]) -> SimpleNamespace:
             "For ppo: `name`, a known environment or package.module:Class (its code runs), and its settings; null = "
             "none.",
         ),
+        "evaluation": Parameter(
+            WatchConfig | None,
+            None,
+            "How the policy is measured after each checkpoint and at the end, beside the validation data; null = not.",
+        ),
         "model": Parameter(ModelConfig),
         "data": Parameter(DataConfig),
         "args": Parameter(config_class),
@@ -120,7 +128,9 @@ def train_settings(argv: Sequence[str]) -> SimpleNamespace:
     own = {name for cls in ours for name in vars(cls).get("__annotations__", ())}
     inherited = {f"args.{one.name}" for one in fields(TrainingArguments)} - {f"args.{name}" for name in own}
     command = Command("train", parameters, TRAIN_HELP, inherited=inherited, takes_file=True)
-    defaults = {name: parameters[name].default for name in ("dry_run", "algorithm", "prepare", "environment")}
+    defaults = {
+        name: parameters[name].default for name in ("dry_run", "algorithm", "prepare", "environment", "evaluation")
+    }
     return SimpleNamespace(**defaults | command.read(rest, settings, file))
 
 
@@ -193,3 +203,18 @@ def report(folders: Sequence[str], output: Path | None = None, baseline: str | N
         written = write_report(*folders, output=output, baseline=baseline)
         print_table(read_results(written / "results.jsonl"))
         print(written / "report.html")
+
+
+def plot(runs: Sequence[str], output: Path | None = None) -> None:
+    """Draw the metrics of one or several trainings against their steps, one panel per metric, and print the file.
+
+    Args:
+      runs: run directories; one that is still training, too.
+      output: the file, a .png or .svg; null = curves.png in the directory of a single run.
+    """
+    from offline_lmrl.cli.output import check_output
+    from offline_lmrl.comparison.curves import plot_runs
+
+    if output is not None:
+        check_output(output, is_file=True)
+    print(plot_runs(runs, output))

@@ -303,6 +303,21 @@ def return_against_training(results: Results) -> tuple[Figure, str]:
     )
 
 
+def loss_against_steps(results: Results) -> tuple[Figure, str]:
+    runs = [run for run in results.of("run") if run.get("training")]
+    if not runs:
+        raise Missing("no method here has logged a loss of agent tokens")
+    figure, axes = new_axes(xlabel="optimizer steps", ylabel="−log π per agent token, nats")
+    for run in runs:
+        for name, style in (("loss", "-"), ("held_out", "--")):
+            points = [(row["step"], row[name]) for row in run["training"] if name in row]
+            if points:
+                colour = colours(results)[run["method"]]
+                axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=0.9, alpha=0.8)
+    _legend(figure, results, [Key(run["method"], "sampled", "offline") for run in runs])
+    return figure, "One line per training seed: in training (solid) and of the validation data (dashed)."
+
+
 def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
     costs = [run["cost"].get(name, 0) for run in results.of("run")]
     least = min(filter(None, costs), default=None)
@@ -408,6 +423,7 @@ def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
 FIGURES: dict[str, tuple[str, Callable[[Results], tuple[Figure, str]]]] = {
     "score": ("Score per method", score_per_method),
     "kl": ("Return against √KL", return_against_kl),
+    "training": ("Loss in training", loss_against_steps),
     "environment_steps": ("Return against environment steps", partial(return_against_play, "environment_steps")),
     "reward_queries": ("Return against reward queries", partial(return_against_play, "reward_queries")),
     "training_tokens": ("Return against training tokens", return_against_training),

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.comparison.config import EvaluationConfig
 from offline_lmrl.comparison.measure import Played, Setting, result_row
 from offline_lmrl.comparison.methods import CostConfig, require_known
@@ -24,6 +23,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.play import EvaluationResult
 from offline_lmrl.logs.files import locked, say_differences
 from offline_lmrl.logs.io import write_text
+from offline_lmrl.run_folder import regime
 
 EPISODES = ("episodes", "first_seed", "repeats", "cluster")  # settings of an evaluation that decide what is played
 LENGTH = "max_new_tokens"
@@ -244,14 +244,14 @@ def _entry_of(run: str, decoding: dict[str, Any]) -> tuple[Entry, dict[str, Any]
     algorithm = settings.get("algorithm", FOREIGN)
     seed = settings.get("args", {}).get("seed", 0)
     name = Path(run).resolve().name if Path(run).exists() else run
-    regime, cost = (ALGORITHMS[algorithm].regime, None) if settings else ("not declared", CostConfig())
+    learnt_from, cost = (regime(algorithm, settings), None) if settings else ("not declared", CostConfig())
     entry = Entry(
         name.removesuffix(f"-{seed}"),
         (seed,),
         algorithm,
         Run(name, seed, run, name, cost=cost),
         decoding=decoding,
-        regime=regime,
+        regime=learnt_from,
         described=[{"algorithm": algorithm, "decoding": decoding, **_trained_with(settings)}],
     )
     hashes = settings.get("input_hashes")

@@ -27,7 +27,7 @@ from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 from offline_lmrl.logs.io import write_text
 from offline_lmrl.logs.terminal import progress_bar, visible
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.run import COMPLETE, read_report, runs_before
+from offline_lmrl.run_folder import COMPLETE, read_report, runs_before
 from offline_lmrl.tasks import make_environment
 from offline_lmrl.training.metrics import read_metrics
 
@@ -230,6 +230,7 @@ def result_row(output: Path, evaluation: EvaluationConfig, entry: Entry, played:
         "cells": result.cells(),
         "scores": result.scores(),
         "curve": learning_curve(metrics) if setting.decode == "sampled" else [],
+        "training": training_curve(metrics) if setting.decode == "sampled" else [],
         "samples": [{name: sample[name] for name in ("seed", "score", "turns")} for sample in samples],
     }
 
@@ -301,6 +302,25 @@ def learning_curve(metrics: Sequence[Row]) -> list[Row]:
     """
     rows = [{name: row[name] for name in CURVE} for row in metrics if "environment_steps" in row]
     # k = ⌈len / CURVE_POINTS⌉, or 1 if there are no rows
+    return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
+
+
+def training_curve(metrics: Sequence[Row]) -> list[Row]:
+    """Return the loss per agent token of a run that learnt from logs, against its steps; empty for other runs.
+
+    Args:
+      metrics: the rows of its metrics.jsonl. Of a long run, only every k-th one is kept, at most CURVE_POINTS.
+    Returns: one mapping per row: `step`; and −log π in nats, in training as `loss` or of held-out data as `held_out`.
+    """
+    names = {"loss/policy": "loss", "eval_loss/policy": "held_out"}
+    if not any("loss/policy" in row for row in metrics):
+        names = {"loss": "loss", "eval_loss": "held_out"}  # the loss has one part
+    rows = [
+        {"step": row["step"], title: row[name]}
+        for row in metrics
+        for name, title in names.items()
+        if name in row and "environment_steps" not in row
+    ]
     return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
 
 

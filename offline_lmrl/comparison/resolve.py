@@ -21,7 +21,8 @@ from offline_lmrl.errors import InputError, at, require, shown
 from offline_lmrl.logs.files import reading
 from offline_lmrl.models.adapters import saved_model
 from offline_lmrl.renamed import current
-from offline_lmrl.run import COMPLETE, SPEED
+from offline_lmrl.run import SPEED
+from offline_lmrl.run_folder import COMPLETE
 from offline_lmrl.settings import build
 from offline_lmrl.tasks import make_environment
 

@@ -21,7 +21,8 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import require
 from offline_lmrl.logs.files import read_object, reading
 from offline_lmrl.logs.io import read_trajectories, write_text, write_trajectories
-from offline_lmrl.run import RunConfig, train, weights_hash
+from offline_lmrl.run import RunConfig, train
+from offline_lmrl.run_folder import weights_hash
 from offline_lmrl.tasks import make_environment
 
 

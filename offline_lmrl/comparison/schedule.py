@@ -31,7 +31,7 @@ from offline_lmrl.errors import Failed, InputError, Stopped
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.logs.parallel import end_with_parent
 from offline_lmrl.logs.terminal import visible
-from offline_lmrl.run import COMPLETE
+from offline_lmrl.run_folder import COMPLETE
 
 TRAINED, MEASURED = "trained", "measured"
 

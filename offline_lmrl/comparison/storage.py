@@ -28,7 +28,7 @@ from offline_lmrl.logs.io import (
 )
 from offline_lmrl.logs.preferences import to_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.run import weights_hash
+from offline_lmrl.run_folder import weights_hash
 from offline_lmrl.tasks import make_environment
 
 

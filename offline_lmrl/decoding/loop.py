@@ -101,10 +101,9 @@ class SamplingLoop:
           is added then.
         """
         sampler, rows = self.sampler, []
-        frame = sampler.renderer.reply_frame
         for i, request in enumerate(requests):
             options = sampler.options.encode(request.options, request.config.max_new_tokens)
-            text = TextStream(sampler.renderer.decode, request.config.stop, frame)
+            text = TextStream(sampler.renderer, request.config.stop)
             key = self.next_key + i if keys is None else keys[i]
             source = None if keys is None else key
             rows.append(Row(key, request, sampler.checked(request.config), text, options, source))

@@ -31,6 +31,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
 from offline_lmrl.logs.protocols import Scorer, import_object, optional
 from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.models.adapters import most_positions, part_of, run_metadata
@@ -165,7 +166,8 @@ class RewardModel(RowScorer):
 
     def score_rows(self, rows):
         head, found = run_metadata(self.model.config)["reward"]["head"], np.zeros(len(rows))
-        for index in token_batches(np.array([len(ids) for ids, _ in rows]), TOKEN_BUDGET):
+        batches = token_batches(np.array([len(ids) for ids, _ in rows]), TOKEN_BUDGET)
+        for index in tracked(batches, "scoring", len(batches)):
             batch = _batch([rows[i] for i in index], self.model.device)
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             found[index] = self.model(**inputs, read=read_mask(batch, head)).float().cpu().numpy()

@@ -6,7 +6,6 @@ how many are unfinished or repeat themselves, what the run's own Q and its own d
 rewards of a scorer. For these, the table has the difference, export − run, with its 95 % interval over prompts.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from offline_lmrl.decoding.sampler import Sampler
 from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.decoding.texts import TextStream
 from offline_lmrl.evaluation.metrics import mean_interval
+from offline_lmrl.evaluation.replies import repeats
 from offline_lmrl.export.prompts import PromptIds, Prompts
 from offline_lmrl.logs.preferences import score_rows
 from offline_lmrl.logs.trajectory import Turn
@@ -38,7 +38,6 @@ Q_PER_TOKEN = "Q per token"
 LOG_PROB = "log-probability per token under the run"
 REWARD = "reward"
 LARGEST_GAP = 1e-3  # nats between the two best tokens of the run, up to which rounding may choose the other one
-GRAM, TIMES = 4, 4  # a reply repeats itself if one sequence of GRAM tokens occurs TIMES times
 
 
 class Player(Protocol):
@@ -306,9 +305,3 @@ class Trial:
         found = compute_step_outputs(self.policy.model, data, measure=lambda s: {"value": measure(s)})
         parts = np.split(found.measured["value"], np.cumsum([len(reply) for reply in replies])[:-1])
         return [float(part.mean()) for part in parts]
-
-
-def repeats(reply: Sequence[int]) -> bool:
-    """True if one sequence of GRAM tokens occurs TIMES times in a reply."""
-    grams = Counter(tuple(reply[i : i + GRAM]) for i in range(len(reply) - GRAM + 1))
-    return max(grams.values(), default=0) >= TIMES

@@ -31,6 +31,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison import to_record as comparison_record
 from offline_lmrl.logs.files import ASIDE, staging, sweep, sync, writing
 from offline_lmrl.logs.forms import COMPARISON_FIELDS, no_score, read_row
+from offline_lmrl.logs.hub import ask_hub
 from offline_lmrl.logs.parallel import chunks, map_in_order
 from offline_lmrl.logs.preference_forms import read_comparison
 from offline_lmrl.logs.trajectory import MAX_NESTING, Trajectory, Turn, names_in, nests_too_deep, require_text
@@ -609,6 +610,8 @@ def _dataset_parts(folder: Path) -> dict[str, RawRows]:
 def _hub_parts(name: str, split: str | None) -> dict[str, RawRows]:
     import datasets
 
+    if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
+        ask_hub(name, "dataset", "README.md")
     try:
         loaded = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:

@@ -10,7 +10,9 @@ The module also reads and checks the run metadata: the settings that training st
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from offline_lmrl.errors import InputError, reading, reading_pretrained, shown
+from offline_lmrl.logs.hub import ask_hub
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads
@@ -50,6 +53,21 @@ def require_peft() -> ModuleType:
     except ImportError as error:
         raise InputError("lora: found no package peft; install it with `pip install 'offline_lmrl[peft]'`") from error
     return peft
+
+
+@contextmanager
+def without_false_alarms() -> Iterator[None]:
+    """Context manager: hide two warnings while peft puts an adapter into a model; nothing is wrong in either case.
+
+    peft itself causes both: it reads a property that transformers has renamed, and it sets `fan_in_fan_out` by the
+    kind of each layer.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", "fan_in_fan_out is set to (True|False) but the target module is", UserWarning
+        )
+        yield
 
 
 def most_positions(config: PreTrainedConfig) -> int | None:
@@ -141,6 +159,7 @@ def saved_model(path_or_name: str | Path, trust_remote_code: bool = False) -> Sa
     """
     if os.path.isfile(os.path.join(path_or_name, "adapter_config.json")):
         return SavedModel(None, read_run_metadata(path_or_name))
+    ask_hub(path_or_name, "model", "config.json")
     with reading_pretrained(path_or_name, "model"):
         config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=trust_remote_code)
     check_run_metadata(path_or_name, run_metadata(config))
@@ -173,7 +192,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, metadata: Mapping[s
     """
     if metadata:
         model.config.offline_lmrl = metadata
-    with reading_pretrained(folder, "model"):
+    with reading_pretrained(folder, "model"), without_false_alarms():
         return require_peft().PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 

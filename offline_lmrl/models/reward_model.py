@@ -24,8 +24,10 @@ A batch has B rows of T tokens and M options, the replies that are compared (tok
 """
 
 import functools
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +214,7 @@ def load_reward_model(
     if stored is not None and config.num_labels != 1:
         raise InputError(f"{name}: found a classifier with {config.num_labels} labels, expected one label")
     config.num_labels = 1
-    with reading_pretrained(name, "model"):
+    with reading_pretrained(name, "model"), _without_load_report():
         model, info = HEADS[head or stored].from_pretrained(
             name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -224,6 +226,25 @@ def load_reward_model(
     if missing:
         reset_head(model)
     return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Context manager: hide transformers' list of missing and unexpected weights.
+
+    The caller refuses missing weights itself, except those of a head that is made anew; unexpected ones are the heads
+    that a causal LM has instead.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def is_reward_model(path_or_name: str | Path) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
+from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.models.return_heads import outcomes
 from offline_lmrl.models.value_heads import ValueHeads
 from offline_lmrl.tokens.batching import ActionSteps, TokenBatch, WindowDataset, places_of, token_batches
@@ -354,7 +355,8 @@ def compute_step_outputs(
         return {name: torch.cat(values) for name, values in parts.items()}
 
     batches = token_batches(dataset.lengths, token_budget)[share[0] :: share[1]]
-    found = collect_outputs(dataset, compute, model.device, batches)
+    shown = tracked(batches, "computing log π, Q and V", len(batches))
+    found = collect_outputs(dataset, compute, model.device, shown)
     fields = {name: found.pop(name, np.zeros(dataset.action_tokens, dtype=np.float32)) for name in want}
     return StepOutputs(**fields, measured=found)
 

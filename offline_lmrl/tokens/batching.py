@@ -8,7 +8,7 @@ read tokens 0..t of that row, and its action is token t+1. Rendering and index a
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from offline_lmrl.errors import require
+from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, Step, Window
 from offline_lmrl.tokens.windows import Ids
@@ -311,6 +312,8 @@ def encode_trajectories(
         (tokens/few_shot.py); None = no demonstrations.
     Raises: InputError if no agent turn fits into max_length.
     """
+    if isinstance(trajectories, Sized):
+        trajectories = tracked(trajectories, "rendering", len(trajectories))
     rows = ((t, ()) for t in trajectories) if few_shot is None else zip(trajectories, few_shot, strict=True)
     return columns_of((window for t, ids in rows for window in encoder.encode(t, counts, ids)), counts)
 

@@ -24,6 +24,7 @@ from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import in_temporary_folder
 from offline_lmrl.logs.parallel import chunks, map_in_order
+from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.logs.trajectory import Trajectory, Turn, with_own_token_ids
 from offline_lmrl.tokens.batching import PackedDataset, pad, pick, places_of
 from offline_lmrl.tokens.rendering import Renderer
@@ -161,7 +162,8 @@ def encode_comparisons(
         for name in _ENDS:
             files[name].write(bytes(8))  # the first end is 0
         render = partial(_rendered, partial(_encoded, renderer, window, by_turn), rows)
-        for part, mine in map_in_order(render, chunks(range(len(rows)), _CHUNK), processes):
+        parts = map_in_order(render, chunks(range(len(rows)), _CHUNK), processes)
+        for part, mine in tracked(parts, "rendering, in chunks", -(-len(rows) // _CHUNK)):
             counts.update(mine)
             for name, values in part.items():
                 files[name].write(np.asarray(values) + sizes[_ENDS[name]] if name in _ENDS else values)

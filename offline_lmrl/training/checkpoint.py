@@ -22,13 +22,15 @@ import torch
 import transformers
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from offline_lmrl.errors import InputError, Stopped, require
 from offline_lmrl.logs.files import move_into, read_object, reading, staging, sync, sync_entry, writing
 from offline_lmrl.models.adapters import METADATA_FILE, has_adapter, heads_of, load_heads, save_heads
-from offline_lmrl.training.metrics import Averages, close_bars, keep_metrics_until
+from offline_lmrl.training.display import TrainingDisplay
+from offline_lmrl.training.metrics import Averages, keep_metrics_until
+from offline_lmrl.training.publishing import CARD, model_files, upload
 
 STAGING = ".saving"
 CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
@@ -287,10 +289,32 @@ class StoredTrainer(transformers.Trainer):
             with filling(staging, staging.parent / name):
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             publish(staging / name, staging.parent / name)
+            self._finish_current_push()  # the next line may remove what is being uploaded
             best = self.state.best_model_checkpoint
             rotate(staging.parent, self.state.global_step, self.args.save_total_limit, best)
             shutil.rmtree(staging, ignore_errors=True)
+            if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+                checkpoint = staging.parent / name
+                self._upload(
+                    checkpoint, model_files(checkpoint), f"Training in progress, step {self.state.global_step}"
+                )
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Do nothing: Trainer calls this while the checkpoint is not complete; `_save_checkpoint` uploads it."""
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> None:
+        """Save the model in the run's folder, and upload it; other arguments of Trainer's method have no effect."""
+        self.save_model()
+
+    def _upload(self, folder: Path, names: Sequence[str], message: str) -> None:
+        """Start to upload files of a folder, if the settings ask for it."""
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self.push_in_progress = upload(folder, names, self.args, self.hub_model_id, message)
+
+    def model_card(self) -> str:
+        """Return the text of the file README.md that is saved with the model."""
+        raise NotImplementedError
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model in a staging folder first, then move it into its folder (`move_into`)."""
@@ -302,7 +326,11 @@ class StoredTrainer(transformers.Trainer):
         with filling(staging, folder):
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
+                names = model_files(staging)
                 move_into(staging, folder, CONFIG_FILES)
+                self._finish_current_push()
+                self._upload(folder, names, f"Model after {self.state.global_step} steps")
+                self._finish_current_push()
         self.accelerator.wait_for_everyone()
 
     def _remove_leftover(self, staging: Path) -> None:
@@ -315,6 +343,9 @@ class StoredTrainer(transformers.Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and has_adapter(self.model):
             save_heads(self.model, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            card = Path(output_dir or self.args.output_dir) / CARD
+            card.write_text(self.model_card(), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Load weights as Trainer does, and with an adapter the heads that are saved beside it.
@@ -331,6 +362,10 @@ class StoredTrainer(transformers.Trainer):
                 load_heads(model, resume_from_checkpoint)
             else:
                 _check_whole(model, checkpoint)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Warn of unexpected weights alone: `_check_whole` refuses missing ones, and a tied weight is stored once."""
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=[]))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:  # the schedule is read first, which is cheap, so that an error names the right file
@@ -364,6 +399,7 @@ class CheckpointedTrainer(StoredTrainer):
 
     Attributes:
       averages: the running sums of metrics since the last row of metrics; checkpoints hold them too.
+      display: prints what people see.
       signals: training stops at these, after writing a checkpoint; None = none are recorded.
     """
 
@@ -372,6 +408,9 @@ class CheckpointedTrainer(StoredTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.averages = Averages()
+        self.remove_callback(PrinterCallback)
+        wanted = self.pop_callback(ProgressCallback) is not None
+        self.display = TrainingDisplay(shown=wanted and self.is_world_process_zero())
         self.add_callback(RestoredSums(self))
         self._resumed: Path | None = None
         self._held_at = -1  # the step whose checkpoint waits for the end of its epoch
@@ -409,7 +448,7 @@ class CheckpointedTrainer(StoredTrainer):
         try:
             output = super().train(checkpoint and str(checkpoint), **kwargs)
         finally:
-            close_bars(self.callback_handler.callbacks)  # so that an error is printed below the bar
+            self.display.close()  # so that an error is printed below the bar
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def last_checkpoint(self) -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.errors import InputError, require, shown
@@ -61,6 +62,12 @@ class BaseConfig(TrainingArguments):
         "Further arguments of that schedule; null = none. min_lr_rate is the last learning rate as a share of the "
         "highest.",
     )
+    eval_strategy: IntervalStrategy | str | None = setting(
+        None,
+        "When validation data are evaluated: no, steps (every eval_steps) or epoch; null = whenever a checkpoint is "
+        "saved, and at the end.",
+    )
+    save_total_limit: int | None = setting(2, "Checkpoints that are kept, the newest and the best; null = all.")
     logging_steps: float = setting(50, "Optimizer steps between rows of metrics; below 1 = a share of all steps.")
     # The filter would cost a host sync per step.
     logging_nan_inf_filter: bool = setting(False, "Replace losses that are no finite number in the logs.")
@@ -77,12 +84,20 @@ class BaseConfig(TrainingArguments):
             self.template in TEMPLATES,
             f"template: found {shown(self.template)}, expected one of {', '.join(TEMPLATES)}",
         )
+        self.evaluates_by_default = self.eval_strategy is None
+        if self.evaluates_by_default:
+            by_epoch = self.save_strategy == SaveStrategy.EPOCH
+            # Without checkpoints, the end is the only time.
+            self.eval_strategy = IntervalStrategy.EPOCH if by_epoch else IntervalStrategy.STEPS
+            self.eval_steps = 10**9 if self.save_strategy == SaveStrategy.NO else self.save_steps
         try:
             super().__post_init__()
         except InputError:
             raise
         except Exception as error:  # the settings are the only input, so any error is about them
             raise InputError(f"args: {' '.join(str(error).split()) or type(error).__name__}") from error
+        # torch would warn on every pass.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         check_range(
             self,
             seed=(0, 2**32 - 1),
@@ -99,6 +114,11 @@ class BaseConfig(TrainingArguments):
         )
         check_schedule(self)
         check_trackers(self)
+        require(
+            self.hub_strategy in (HubStrategy.END, HubStrategy.EVERY_SAVE),
+            f"hub_strategy: found {self.hub_strategy.value}, expected end or every_save: what resuming needs is not "
+            "uploaded",
+        )
 
     @property
     def window(self) -> WindowRule:
@@ -142,8 +162,14 @@ class BaseConfig(TrainingArguments):
         return load_model(path, trust_remote_code=trust_remote_code)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, as TrainingArguments does; a dataclass in a field becomes a dict."""
-        return {name: asdict(value) if is_dataclass(value) else value for name, value in super().to_dict().items()}
+        """Return the fields as plain values, as TrainingArguments does; a dataclass in a field becomes a dict.
+
+        TrainingArguments hides every field whose name ends in _token. Here only texts, such as hub_token, stay hidden.
+        """
+        shown = {name: value for name, value in vars(self).items() if isinstance(value, float | int)}
+        values = super().to_dict()
+        values |= {name: shown[name] for name in values if name.endswith("_token") and name in shown}
+        return {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 @dataclass
@@ -156,8 +182,15 @@ class OfflineConfig(BaseConfig):
         "Few-shot demonstrations of the same task before every window (tokens/few_shot.py); null = no demonstrations.",
     )
 
+    log_completions: int = setting(
+        0,
+        "The number of held-out prompts to which the policy replies at every evaluation; the replies are in "
+        "completions.jsonl of the run, on a terminal, and in trackers that take texts. 0 = none.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, log_completions=(0, 10**6))
         require(
             self.reward_scale is None or self.reward_scale > 0,
             f"reward_scale: found {self.reward_scale}, expected a number above 0",

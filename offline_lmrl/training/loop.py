@@ -20,6 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import hf_api
 
 from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.files import move_into, read_object, reading
@@ -41,7 +42,9 @@ from offline_lmrl.training.checkpoint import (
     stopped,
 )
 from offline_lmrl.training.config import BaseConfig
+from offline_lmrl.training.display import TrainingDisplay
 from offline_lmrl.training.metrics import append_metrics, keep_metrics_until
+from offline_lmrl.training.publishing import CARD, model_card, model_files, upload
 
 
 class Learner:
@@ -178,6 +181,15 @@ class LoopTrainer:
     """
 
     algorithm = ""
+    regime = "environment"
+    # Commands for a finished run, after `offline-lmrl`.
+    next_commands: tuple[str, ...] = (
+        "generate {run} --chat",
+        "evaluate play {run} --environment NAME",
+        "export {run} --to transformers --output FOLDER",
+        "serve {run}",
+        "plot {run}",
+    )
     signals: Signals | None = None  # training stops at these, after writing a checkpoint
     outcome: Mapping[str, float] = MappingProxyType({})  # measurements at the end of training; there are none
 
@@ -196,6 +208,8 @@ class LoopTrainer:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
         self.renderer = training_renderer(processing_class, policy, args.template, args.output_dir)
+        self.display = TrainingDisplay(shown=args.should_save and not args.disable_tqdm)
+        self.data: dict[str, dict[str, Any]] = {}  # for the model card
         self.counts: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
         self.iteration, self.total_steps = 0, args.max_steps
@@ -230,6 +244,7 @@ class LoopTrainer:
         if self.args.should_save:
             known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             append_metrics(self.args.output_dir, {"step": self.iteration, **known})
+            self.display.show(self.iteration, known)
 
     # Resuming and stopping.
 
@@ -325,7 +340,16 @@ class LoopTrainer:
             folder = Path(output_dir or self.args.output_dir)
             with _staged(folder, folder) as staging:
                 self._write_policy(staging)
+                names = model_files(staging)
                 move_into(staging, folder, CONFIG_FILES)
+            if self.args.push_to_hub:
+                name = self.args.hub_model_id or folder.absolute().name
+                created = hf_api().create_repo(
+                    name, token=self.args.hub_token, private=self.args.hub_private_repo, exist_ok=True
+                )
+                message = f"Model after {self.iteration} iterations"
+                upload(folder, names, self.args, created.repo_id, message).wait_until_done()
+            self.display.advise(folder, self.next_commands)
         self.accelerator.wait_for_everyone()
 
     def _write_policy(self, folder: Path) -> None:
@@ -335,6 +359,7 @@ class LoopTrainer:
             if has_adapter(self.model):
                 save_heads(self.model, folder)
         self.renderer.tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(model_card(self), encoding="utf-8")
 
 
 @contextlib.contextmanager

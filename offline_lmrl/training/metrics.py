@@ -1,7 +1,8 @@
-"""What training logs: averages of metrics over all processes (ranks), rows of metrics.jsonl, and a progress bar."""
+"""What training logs: averages of metrics over all processes (ranks), and rows of metrics.jsonl."""
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from offline_lmrl.logs.files import reading, writing
 from offline_lmrl.logs.io import write_text
 
 METRICS = "metrics.jsonl"
+FEW = 10  # batches
 CLOSING = "train_runtime"  # a key of the last row only
 
 
@@ -90,12 +92,26 @@ class Averages:
         return {prefix + name: added / count for name, (added, count) in rows if count}
 
 
-class LossBar(ProgressCallback):
-    """A progress bar that also shows the loss. It prints to stderr, because stdout is for a command's results."""
+def batch_moments(per_item: Tensor) -> Tensor:
+    """Return (6,) 1, s, c, s², s·c and c² of a batch with c items whose losses, (c,), have the sum s."""
+    total = per_item.detach().float().sum()
+    count = torch.full_like(total, len(per_item))
+    return torch.stack([torch.ones_like(total), total, count, total**2, total * count, count**2])
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
+
+def ratio_interval(n: float, s: float, c: float, ss: float, sc: float, cc: float) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean loss s / c; None with fewer than FEW batches.
+
+    It is the normal interval of a ratio of means over independent batches, because tokens of a batch are dependent.
+
+    Args:
+      n, s, c, ss, sc, cc: the sums of `batch_moments` over all batches.
+    """
+    if n < FEW:
+        return None
+    mean = s / c
+    half = 1.96 * math.sqrt(max(0.0, n / (n - 1) * (ss - 2 * mean * sc + mean**2 * cc))) / c
+    return mean - half, mean + half
 
 
 class MetricsFile(TrainerCallback):
@@ -106,9 +122,11 @@ class MetricsFile(TrainerCallback):
             append_metrics(args.output_dir, {"step": state.global_step, **(logs or {})})
 
 
-def close_bars(callbacks: Iterable[TrainerCallback]) -> None:
-    """Close the progress bars of training that are still open."""
-    for callback in callbacks:
-        if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-            callback.training_bar.close()
-            callback.training_bar = None
+class LastStep(TrainerCallback):
+    """A callback by which the last step gets a row of metrics and, unless `eval_strategy` is set, an evaluation."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            if args.evaluates_by_default and args.eval_strategy == IntervalStrategy.STEPS:
+                control.should_evaluate = True

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offline_lmrl.decoding.probe import check_plays, check_trains, probing
 from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.adapters import has_adapter, most_positions, require_peft, run_metadata, unfreeze_heads
+from offline_lmrl.models.adapters import (
+    has_adapter,
+    most_positions,
+    require_peft,
+    run_metadata,
+    unfreeze_heads,
+    without_false_alarms,
+)
 from offline_lmrl.models.renderers import scheme_of
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
 from offline_lmrl.tokens.template_check import MISMATCH, TEMPLATE_ROWS
@@ -89,7 +96,8 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     if peft_config.target_modules == "all-linear":
         peft_config = replace(peft_config, exclude_modules=[*(peft_config.exclude_modules or ()), *routers])
     try:
-        model = peft.get_peft_model(model, peft_config)
+        with without_false_alarms():
+            model = peft.get_peft_model(model, peft_config)
     except (TypeError, ValueError) as error:
         raise InputError(f"model.lora: {error}") from error
     inner = model.get_base_model()

@@ -22,14 +22,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
+from offline_lmrl.decoding.config import DecodingConfig
+from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.probe import probing
 from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.io import data_hash, read_trajectories
 from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.logs.terminal import tracked
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import as_guided, remove_heads
 from offline_lmrl.models.renderers import rendering_block, training_renderer
@@ -39,9 +41,11 @@ from offline_lmrl.tokens.batching import PackedDataset, WindowDataset, encode_tr
 from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
 from offline_lmrl.tokens.few_shot import encode_few_shot
 from offline_lmrl.training.checkpoint import CheckpointedTrainer
+from offline_lmrl.training.completions import LogCompletions, prompts_of
 from offline_lmrl.training.config import BaseConfig, GuidedConfig, OfflineConfig
 from offline_lmrl.training.loading import EvenBatches, LengthGroupedSampler, collate_even
-from offline_lmrl.training.metrics import Averages, LossBar, MetricsFile
+from offline_lmrl.training.metrics import Averages, LastStep, MetricsFile, batch_moments, ratio_interval
+from offline_lmrl.training.publishing import model_card, sources
 from offline_lmrl.training.starting_model import check_policy, check_template, tokenizer_beside, with_adapter
 
 KNOWN_TURN = "a finished agent turn after which the log continues or ends"  # its reward is a training target
@@ -91,10 +95,21 @@ class BaseTrainer(CheckpointedTrainer):
     Attributes:
       renderer: converts dialogues to tokens.
       counts: reason -> number of rows of the training data that were dropped or repaired.
+      data: what the model card says of the data (`Trained` in training/publishing.py).
+      regime: the information that the run learns from, for its card.
       outcome: measurements made at the end of training, name -> number, for complete.json.
     Raises: InputError if one process has several GPUs, or if model, data and settings do not fit together.
     """
 
+    # Commands for a finished run, after `offline-lmrl`.
+    next_commands: tuple[str, ...] = (
+        "generate {run} --chat",
+        "evaluate logs {run} --data HELD_OUT.jsonl",
+        "export {run} --to transformers --output FOLDER",
+        "serve {run}",
+        "plot {run}",
+    )
+    regime = "labels only"
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of all micro-batches, so Trainer must not
     algorithm = ""
 
@@ -123,6 +138,13 @@ class BaseTrainer(CheckpointedTrainer):
             args.read_rows(rows, counts) if isinstance(rows, str | Path) else rows
             for rows, counts in ((train_dataset, self.counts), (eval_dataset, None))
         )
+        if held_out is None:
+            require(
+                args.evaluates_by_default or args.eval_strategy == IntervalStrategy.NO,
+                f"eval_strategy: found {args.eval_strategy.value}, expected no, as there are no validation data",
+            )
+            args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
+        self.data = sources(training=(train_dataset, train), validation=(eval_dataset, held_out))
         model, train, held_out = self.prepare(model, train, held_out)
         if self.peft_config is not None:
             model = with_adapter(model, self.peft_config)
@@ -137,9 +159,8 @@ class BaseTrainer(CheckpointedTrainer):
         )
         self.can_return_loss, self.label_names = True, []
         self.add_callback(MetricsFile())
-        self.remove_callback(PrinterCallback)
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LossBar())
+        self.add_callback(self.display)  # after the file, from which it reads the summary
+        self.add_callback(LastStep())
         self._freeze_unreached()
 
     # Methods for algorithms to define.
@@ -235,6 +256,15 @@ class BaseTrainer(CheckpointedTrainer):
         loss = per_item.sum() * self.args.world_size / num_items_in_batch
         return (loss, logged) if return_outputs else loss
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `StoredTrainer` does, and print what can be done with it."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.display.advise(output_dir or self.args.output_dir, self.next_commands)
+
+    def model_card(self) -> str:
+        return model_card(self)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # Trainer divides by the steps since a resume
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
@@ -246,9 +276,11 @@ class BaseTrainer(CheckpointedTrainer):
     ) -> EvalLoopOutput:
         """Compute the mean loss and metrics of the whole data set, independent of batch size and number of ranks."""
         averages, dataset, size = Averages(), dataloader.dataset, self.args.eval_batch_size
+        moments = torch.zeros(6, device=self.args.device)
         model = self._wrap_model(self.model, training=False).eval()
         starts = range(0, len(dataset), size)
-        for turn in range(-(-len(starts) // self.args.world_size)):
+        turns = -(-len(starts) // self.args.world_size)
+        for turn in tracked(range(turns), description.lower(), turns):
             number = turn * self.args.world_size + self.args.process_index
             # Sharded models need every rank to run forward equally often; a surplus pass is not counted.
             start = starts[number % len(starts)]
@@ -256,7 +288,11 @@ class BaseTrainer(CheckpointedTrainer):
             with self.compute_loss_context_manager():
                 per_item, logged = self.losses(self.outputs(model, batch), batch)
             averages.add({"loss": per_item, **logged}, count=number < len(starts))
+            moments += batch_moments(per_item) * (number < len(starts))
         metrics = averages.take(self.accelerator, f"{metric_key_prefix}_")
+        interval = ratio_interval(*self.accelerator.reduce(moments, "sum").tolist())
+        if interval is not None:
+            metrics[f"{metric_key_prefix}_loss_low"], metrics[f"{metric_key_prefix}_loss_high"] = interval
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
 
 
@@ -313,6 +349,12 @@ class OfflineTrainer(BaseTrainer):
 
     args: OfflineConfig
 
+    def __init__(self, *positional, **keywords):
+        self.prompts: list[tuple[list[Turn], str]] = []
+        super().__init__(*positional, **keywords)
+        if self.prompts:
+            self.add_callback(LogCompletions(self, self.prompts))
+
     # Methods for algorithms to define; `losses` gets the outputs that `StepRequest` describes.
 
     def choose(self, logs: Logs) -> Logs:
@@ -358,6 +400,7 @@ class OfflineTrainer(BaseTrainer):
         windows = self._windows(encoding, logs.train, logs.demonstrations, self.counts)
         check_template(self.renderer, (row.turns for row in logs.train), self.counts)
         model = self.prepare_model(model, windows)
+        self.data["training"]["hash"] = data_hash(logs.train)
         model.config.offline_lmrl = run_metadata(model.config) | {
             "algorithm": self.algorithm,
             **rendering_block(self.renderer),
@@ -365,12 +408,22 @@ class OfflineTrainer(BaseTrainer):
             "step_rule": asdict(encoding.step_rule),
             "reward_scale": encoding.scale.to_dict(),
             "few_shot": args.few_shot and asdict(args.few_shot),
-            "data": data_hash(logs.train),
+            "data": self.data["training"]["hash"],
             **({"decoding": args.saved_decoding} if isinstance(args, GuidedConfig) else {}),
         }
+        require(
+            args.log_completions == 0 or logs.held_out is not None,
+            f"log_completions: found {args.log_completions}, expected 0, as there are no validation data",
+        )
         if logs.held_out is not None:
+            self.prompts = prompts_of(logs.held_out, args.log_completions)
             held_out = self._windows(encoding, logs.held_out, logs.demonstrations, Counter())
         return model, windows, held_out
+
+    def policy(self) -> LanguagePolicy:
+        """Return the policy in training, which plays as the run will."""
+        decoding = DecodingConfig.from_dict(run_metadata(self.model.config).get("decoding") or {})
+        return LanguagePolicy(self.model, self.renderer, decoding, **asdict(self.args.window))
 
     def _windows(
         self,

@@ -28,7 +28,8 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
 from offline_lmrl.ops.policy_gradient import Moments, adaptive_kl_weight, tensorflow_adam_eps
-from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, input_hashes, train, weights_hash
+from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, input_hashes, train
+from offline_lmrl.run_folder import weights_hash
 from offline_lmrl.tasks.gamble import Gamble
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

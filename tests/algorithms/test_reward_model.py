@@ -28,6 +28,7 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, option_scores, read_mask
 from offline_lmrl.run import DataConfig, ModelConfig
+from offline_lmrl.run_folder import read_report
 from offline_lmrl.tokens import comparison_batching
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
@@ -380,7 +381,7 @@ def test_a_run_is_judged_on_what_its_bootstrap_left_out(tmp_path, normalise):
     left_out = [rows[i] for i in bootstrap_sample(rows, 3)[1]]
     found = RewardModel.load(folder, device="cpu").score_each([(row.context, row.options) for row in left_out])
     lead = [scores @ np.subtract(row.target, row.target[::-1]) for row, scores in zip(left_out, found, strict=True)]
-    report = run.read_report(folder)
+    report = read_report(folder)
     assert report["oob_comparisons"] == len(left_out) > 4
     assert report["oob_accuracy"] == pytest.approx(np.mean(np.array(lead) > 0))
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.export import beside
-from offline_lmrl.export.beside import Row, Trial, repeats
+from offline_lmrl.export.beside import Row, Trial
 from offline_lmrl.export.forms import FORMS, make_form, samples_alike
 from offline_lmrl.export.plain import Plain
 from offline_lmrl.export.playing import GeneratePlayer, until_end
@@ -67,10 +67,8 @@ def test_no_prompts_is_one_line_that_names_the_setting(tmp_path, config, prompts
         find_prompts(tmp_path, HeldOut(prompts))
 
 
-def test_a_reply_repeats_itself_if_four_tokens_in_a_row_come_four_times():
-    assert repeats([1, 2, 3, 4] * 4) and not repeats([1, 2, 3, 4] * 3)
-    assert repeats([7] * 7) and not repeats([7] * 6)  # seven equal tokens hold the 4-gram four times
-    assert not repeats([]) and until_end([5, 2, 0, 0], [2]) == [5, 2] and until_end([5, 5], [2]) == [5, 5]
+def test_a_reply_ends_with_the_first_id_that_ends_one():
+    assert until_end([5, 2, 0, 0], [2]) == [5, 2] and until_end([5, 5], [2]) == [5, 5]
 
 
 @pytest.fixture(scope="module")

@@ -607,6 +607,7 @@ def test_hub_names_go_through_load_dataset(tmp_path, monkeypatch):
         asked.append((name, split))
         return rows if split else datasets.DatasetDict({"train": rows})
 
+    monkeypatch.setattr(io, "ask_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     expected = (Turn("user", "q"), Turn("assistant", "a", reward=2.0))
     assert read_trajectories("some-one/logs")[0].turns == expected
@@ -618,6 +619,7 @@ def test_an_unknown_hub_name_is_a_one_line_error(monkeypatch):
     def load_dataset(name, split=None):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/thing' doesn't exist\non the Hub")
 
+    monkeypatch.setattr(io, "ask_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert message_of(read_trajectories, "no/thing").startswith(
         "no/thing: found no file or folder, and no dataset of that name on the hub (Dataset 'no/thing' doesn't exist)"

@@ -212,9 +212,7 @@ def test_other_heads_than_those_on_disk_are_refused(tmp_path):
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(InputError) as caught:
         load_model(tmp_path / "nothing")
-    assert "nothing: found no such folder, and no model of that name could be loaded from the hub (" in str(
-        caught.value
-    )
+    assert "nothing: found no such folder, expected the folder or hub name of a model" in str(caught.value)
     assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 16, "n_head": 2}))
     with pytest.raises(InputError) as caught:

@@ -74,6 +74,7 @@ def trainer(
         "learning_rate": 1e-2,
         "report_to": "none",
         "save_strategy": "no",
+        "save_total_limit": None,
         "disable_tqdm": True,
         "max_length": 64,
         "context": 2,
@@ -511,7 +512,7 @@ def test_training_leaves_stdout_to_the_command(tmp_path, capsys, quiet):
     trainer(tmp_path, logging_steps=2, disable_tqdm=quiet).train()
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert ("loss=" in printed.err) is not quiet
+    assert ("step 2 of 6: loss " in printed.err) is not quiet
 
 
 def test_metrics_are_averages_per_action_token_and_reach_the_file(tmp_path):
@@ -651,3 +652,26 @@ def test_data_are_read_once_and_values_are_dropped_by_an_algorithm_that_does_not
     run = BCTrainer(model, args, str(tmp_path / "logs.jsonl"), tmp_path / "logs.jsonl", TOKENIZER)
     assert args.read == ["logs.jsonl", "logs.jsonl"]
     assert run.model.value_heads is None and len(run.eval_dataset) == len(run.train_dataset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"save_strategy": "no"}, [5]),
+        ({"save_strategy": "steps", "save_steps": 2}, [2, 4, 5]),
+        ({"save_strategy": "epoch"}, [3, 5]),
+        ({"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}, [3]),
+        ({"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}, []),
+        ({"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}, [2, 4, 5]),
+    ],
+)
+def test_held_out_data_are_evaluated_at_each_save_and_at_the_end(tmp_path, settings, steps):
+    run = trainer(tmp_path, held_out=logs(3), max_steps=5, **settings)
+    run.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == steps
+
+
+def test_evaluation_that_is_asked_for_needs_data(tmp_path):
+    with pytest.raises(InputError, match="eval_strategy: found steps, expected no, as there are no validation data"):
+        trainer(tmp_path, eval_strategy="steps", eval_steps=2)
