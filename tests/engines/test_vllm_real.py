@@ -87,7 +87,7 @@ def engine(folder, **settings):
 
 @needs_real
 def test_greedy_replies_to_200_prompts_are_the_runs_and_come_nearly_as_fast_as_plain_ones(policy, folder, tmp_path):
-    ids = encode_prompts(policy, Prompts("questions", HISTORIES), None)
+    ids = encode_prompts(policy, HISTORIES, None)
     prompts = [prompt.asked for prompt in ids]
     greedy = {"temperature": 0.0, "max_tokens": TOKENS, "stop_token_ids": sorted(policy.sampler.close_ids)}
     long = {"temperature": 0.0, "max_tokens": LENGTH, "ignore_eos": True}
