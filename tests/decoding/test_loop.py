@@ -11,10 +11,15 @@ from torch.testing import assert_close
 
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.loop import Request, SamplingLoop
+from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.prompts import CachedModel
 from offline_lmrl.decoding.sampler import DecodingConfig, Sampler
 from offline_lmrl.errors import InputError
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 from tests.decoding.test_sampler import Letters, WithValues, llama, mistral, tiny
+from tests.families import small_model
+from tests.smollm2 import FOLDER, needs_smollm2
 
 MODELS = {"gpt2": lambda: tiny(WithValues), "llama": llama, "mistral": mistral}
 
@@ -76,7 +81,7 @@ def waves_of(requests, rng):
 
 
 @pytest.mark.parametrize(
-    "family, count", [("gpt2", 40), ("llama", 15), ("mistral", 15), pytest.param("gpt2", 200, marks=pytest.mark.slow)]
+    "family, count", [("gpt2", 25), ("llama", 15), ("mistral", 15), pytest.param("gpt2", 200, marks=pytest.mark.slow)]
 )
 def test_rows_that_join_at_any_time_with_any_settings_get_what_they_get_alone(family, count):
     rng, sampler = random.Random(count), sampler_of(MODELS[family]())
@@ -239,3 +244,46 @@ def test_the_loop_leaves_the_model_in_its_mode():
     assert model.training
     model.eval()
     assert events == run(SamplingLoop(sampler_of(model)), [[request([1], max_new_tokens=4)]])[0]  # dropout was off
+
+
+# Families, and the real model
+
+
+def dialogue_sampler(model_type):
+    model = small_model(model_type)
+    return Sampler(model, Renderer(train_tokenizer(["move left", "you are at 1 2"], 290)), DecodingConfig())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma3_text", "mamba", "falcon_h1"])
+def test_families_whose_caches_cannot_be_joined_run_in_whole_batches(model_type):
+    rng, sampler = random.Random(0), dialogue_sampler(model_type)
+    prompts = [[rng.randrange(10, 290) for _ in range(n)] for n in (3, 9, 1, 5)]
+    requests = [request(p, n, temperature=1 + n / 2, max_new_tokens=4 + n) for n, p in enumerate(prompts)]
+    loop = SamplingLoop(sampler, CacheMemory(2**20), join_every=1)
+    keys = loop.add(requests[:2])
+    events = loop.step()
+    keys += loop.add(requests[2:])
+    joined = loop.step()
+    assert {event.row for event in joined} == set(keys if model_type in ("gpt2", "llama") else keys[:2])
+    events += joined
+    while len(loop):
+        events += loop.step()
+    assert_as_alone(sampler, requests, [[event for event in events if event.row == key] for key in keys])
+
+
+@needs_smollm2
+def test_a_greedy_chat_of_the_real_model_is_what_generate_writes():
+    policy = LanguagePolicy.load(FOLDER, device="cpu", temperature=0.0, max_new_tokens=24)
+    messages = [{"role": "user", "content": "Write naïve, 日本 and 🎉 in one line."}]
+    pieces = list(policy.stream(messages))
+    tokenizer = policy.renderer.tokenizer
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = policy.model.generate(**ids, do_sample=False, max_new_tokens=24)[0, ids["input_ids"].shape[1] :]
+    assert "".join(pieces) == tokenizer.decode(said, skip_special_tokens=True) and len(pieces) > 5
+    loop = SamplingLoop(policy.sampler, CacheMemory(2**28), join_every=1)
+    others = [policy.request(text, n) for n, text in enumerate(("Hi", "What is your name? Say it twice.", "Why?"))]
+    found = run(loop, [[policy.request(messages)], *([other] for other in others)])
+    assert "".join(event.text for event in found[0]) == "".join(pieces)
+    for other, events in zip(others, found[1:], strict=True):
+        (reply,) = policy.sampler.sample([other.prompt], [other.seed])
+        assert [event.token for event in events] == list(reply.token_ids)
