@@ -1,17 +1,16 @@
 """The routes of the server."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from offline_lmrl.export.server.bodies import Asked, read_chat, read_text
 from offline_lmrl.export.server.exchange import Exchange, Refusal, authorise, event
 from offline_lmrl.export.server.service import Service
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI, Response
+FastAPI = Response = Any  # FastAPI's classes; it is an extra, imported where it is used
 
 
-def build_app(service: Service, key: str | None) -> "FastAPI":
+def build_app(service: Service, key: str | None) -> FastAPI:
     """Return the application.
 
     Args:
@@ -57,7 +56,7 @@ def build_app(service: Service, key: str | None) -> "FastAPI":
     return app
 
 
-async def _replies(exchange: Exchange, read: Callable[[bytes], Asked]) -> "Response":
+async def _replies(exchange: Exchange, read: Callable[[bytes], Asked]) -> Response:
     """Answer a request for replies, whose body `read` reads."""
     from fastapi.responses import JSONResponse
 
@@ -75,7 +74,7 @@ async def _replies(exchange: Exchange, read: Callable[[bytes], Asked]) -> "Respo
             exchange.end()
 
 
-def _stream(exchange: Exchange) -> "Response":
+def _stream(exchange: Exchange) -> Response:
     """Return the answer as a stream, which ends the exchange however it ends, also when the client leaves."""
     from fastapi.responses import StreamingResponse
 
@@ -89,17 +88,17 @@ def _stream(exchange: Exchange) -> "Response":
     return EventStream(exchange.stream(), media_type="text/event-stream")
 
 
-def _refused(refusal: Refusal) -> "Response":
+def _refused(refusal: Refusal) -> Response:
     from fastapi.responses import JSONResponse
 
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
 
-def _refuse_by(app: "FastAPI") -> None:
+def _refuse_by(app: FastAPI) -> None:
     """Let every error of the application be answered in OpenAI's form."""
     from starlette.exceptions import HTTPException
 
-    async def refuse(_: Any, error: Exception) -> "Response":
+    async def refuse(_: Any, error: Exception) -> Response:
         if isinstance(error, HTTPException):  # an unknown route or method
             error = Refusal(error.status_code, str(error.detail), error.headers)
         return _refused(Refusal.of(error))

@@ -5,7 +5,7 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.export.server.answers import Answers
@@ -13,8 +13,7 @@ from offline_lmrl.export.server.bodies import Asked
 from offline_lmrl.export.server.engine import Draining, Full
 from offline_lmrl.export.server.service import Service, Unknown
 
-if TYPE_CHECKING:
-    from fastapi import Request
+HTTPRequest = Any  # FastAPI's Request; it is an extra, imported where it is used
 
 log = logging.getLogger(__name__)
 RETRY_AFTER = {"Retry-After": "1"}
@@ -68,7 +67,7 @@ class Exchange:
       key: the token that it must send; None = none.
     """
 
-    def __init__(self, service: Service, request: "Request", key: str | None):
+    def __init__(self, service: Service, request: HTTPRequest, key: str | None):
         self.service, self.request, self.key = service, request, key
         self.id = f"{'chatcmpl' if 'chat' in request.url.path else 'cmpl'}-{secrets.token_hex(12)}"
         self.answers: Answers | None = None
@@ -166,7 +165,7 @@ class Exchange:
                 task.cancel()
 
 
-async def _disconnected(request: "Request") -> None:
+async def _disconnected(request: HTTPRequest) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -176,7 +175,7 @@ def event(content: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def authorise(request: "Request", key: str | None) -> None:
+def authorise(request: HTTPRequest, key: str | None) -> None:
     """Check the token of a request.
 
     Raises: Refusal if it is not the right one.

@@ -47,7 +47,6 @@ class Service:
     ):
         self.policy, self.scorer, self.settings, self.name, self.log = policy, scorer, settings, name, log
         self.created = int(time.time())
-        policy.model.eval()
         self.close_ids = policy.renderer.close_ids
         self.engine = Engine(
             lambda: SamplingLoop(policy.sampler, CacheMemory(settings.cache_bytes)),

@@ -1,6 +1,7 @@
 """The server from outside: OpenAI's client, equality with `generate`, refusals, limits, disconnects, and its log."""
 
 import asyncio
+import gc
 import json
 import random
 import socket
@@ -17,6 +18,8 @@ from offline_lmrl.decoding.loop import JOIN_EVERY
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, generate_texts
 from offline_lmrl.decoding.reranking import BestOfN
 from offline_lmrl.decoding.scorers import FunctionScorer
+from offline_lmrl.export.server.engine import Job
+from offline_lmrl.export.server.exchange import Exchange
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Turn
 from tests.export.server.running import call, running, tiny_policy
@@ -310,6 +313,8 @@ def test_50_disconnects_leave_nothing(policy):
         loop.step = step
         assert idle(server) == (0, 0, 0, 0)
         assert threading.active_count() == threads
+        gc.collect()
+        assert not any(type(one) in (Job, Exchange) for one in gc.get_objects())
         assert call(server, body={"messages": HELLO})[0] == 200
 
 
