@@ -202,7 +202,8 @@ class Trial:
           export: the export's replies.
           bounded: function that adds to a measure what is expected of it; None leaves the measure out.
         """
-        rows = [self.identical(run.greedy, export.greedy)]
+        best = [[self._ended(reply).tokens for reply in replies.greedy] for replies in (run, export)]
+        rows = [self.identical(*best)]
         measured = [self._measured(replies.drawn) for replies in (run, export)]
         for name, of_run in measured[0].items():
             with np.errstate(invalid="ignore"):  # −inf, of a token that the run never chooses
@@ -260,19 +261,11 @@ class Trial:
 
     def _measured(self, replies: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """Return the measures of replies, one number per prompt."""
-        policy, texts, ids, ended = self.policy, [], [], []
-        for reply in replies:
-            stream = TextStream(policy.renderer.decode, self.decoding.stop)
-            for place, token in enumerate(reply, 1):
-                stream.add(token, last=place == len(reply))
-                if stream.stopped:
-                    break
-            texts.append(stream.text)
-            ids.append(stream.tokens)
-            ended.append(stream.stopped or reply[-1] in policy.sampler.close_ids)
+        policy, streams = self.policy, list(map(self._ended, replies))
+        ids, closing = [stream.tokens for stream in streams], policy.sampler.close_ids
         found: dict[str, list[Any]] = {
             LENGTH: [len(reply) for reply in ids],
-            UNFINISHED: [not done for done in ended],
+            UNFINISHED: [not stream.stopped and stream.tokens[-1] not in closing for stream in streams],
             REPEATING: [repeats(reply) for reply in ids],
         }
         if part_of(policy.model, "value_heads") is not None:
@@ -280,10 +273,19 @@ class Trial:
         if self._one_stream:
             found[LOG_PROB] = self._per_token([prompt.asked for prompt in self.ids], ids, self._log_prob)
         if self.scorer is not None:
-            options = [[[Turn("assistant", text)]] for text in texts]
+            options = [[[Turn("assistant", stream.text)]] for stream in streams]
             scored = score_rows(list(zip(self.prompts.histories, options, strict=True)), load_scorer(self.scorer))
             found[REWARD] = [float(score[0]) for score in scored]
         return {name: np.array(values, dtype=float) for name, values in found.items()}
+
+    def _ended(self, reply: Sequence[int]) -> TextStream:
+        """Return a reply up to the first of the run's stop texts, which only some forms of export end it at."""
+        stream = TextStream(self.policy.renderer, self.decoding.stop)
+        for place, token in enumerate(reply, 1):
+            stream.add(token, last=place == len(reply))
+            if stream.stopped:
+                break
+        return stream
 
     def _q(self, states: States) -> torch.Tensor:
         return reduce_q(states.q_of_action(), self.decoding.q_reduce)

@@ -89,6 +89,7 @@ def test_heads_are_found_under_a_hub_name(folder, tmp_path):
     (snapshot.parents[1] / "refs" / "main").write_text(commit)
     ids = folder.prompts()[0]
     code = f"""
+import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("me/mine", trust_remote_code=True).eval()
 print(model.generate(torch.tensor([{ids}]), do_sample=False)[0, {len(ids)}:].tolist())
