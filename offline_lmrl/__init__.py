@@ -27,6 +27,8 @@ _HOMES = {
     "load_model": "models.loading",
     "DecodingConfig": "decoding.sampler",
     "LanguagePolicy": "decoding.policy",
+    "Request": "decoding.batch",
+    "SamplingLoop": "decoding.loop",
     "Watch": "evaluation.while_training",
     "WatchConfig": "evaluation.while_training",
     "make_environment": "tasks",

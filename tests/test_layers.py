@@ -31,7 +31,15 @@ RANKS = {
 }
 SIBLINGS_APART = ("tasks", "algorithms")  # a module there imports no other of its folder
 HIGHEST_RANK_FOR_DATA_PREP = RANKS["tasks"]
-LAZY = ("jinja2", "markupsafe", "matplotlib", "peft")  # extras, and what only the report page needs
+LAZY = (
+    "fastapi",
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
+    "peft",
+    "starlette",
+    "uvicorn",
+)  # extras, and what only the report page needs
 
 
 def project_sources() -> dict[str, str]:
@@ -44,7 +52,12 @@ def project_sources() -> dict[str, str]:
 def imports_of(name: str, sources: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
     """(imported module, at module level?) for every import anywhere in the module and each dotted name in a string."""
     tree = ast.parse(sources[name])
-    inside = {id(child) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for child in ast.walk(node)}
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.walk(node)
+    }
     for node in ast.walk(tree):
         top_level = id(node) not in inside
         if isinstance(node, ast.Import):

@@ -39,6 +39,7 @@ COMMANDS = {
     "evaluate": Entry("evaluate:evaluate", "measure a run or a scorer: play, logs, scorer"),
     "generate": Entry("play:generate", "reply to prompts with a trained run; --chat for a dialogue", ("run",)),
     "export": Entry("export:export", "write a run in a form that other engines play, after playing both", ("run",)),
+    "serve": Entry("serve:serve", "serve a run over HTTP with the routes of OpenAI's API", ("run",)),
     "compare": Entry("train:compare", "train and evaluate methods over several seeds; write a report"),
     "report": Entry("train:report", "draw the runs of one or several folders in one report", ("folders",)),
     "plot": Entry("train:plot", "draw the losses and other metrics of one or several runs", ("runs",)),

@@ -17,13 +17,15 @@ from typing import Any
 from rich.console import Console
 
 from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.comparison.contents import beta_lines
 from offline_lmrl.comparison.page import write_report
-from offline_lmrl.comparison.report import table, terminal_table
+from offline_lmrl.comparison.report import Results, table, terminal_table
 from offline_lmrl.comparison.resolve import resolve
 from offline_lmrl.comparison.rows import Row
 from offline_lmrl.comparison.schedule import Schedule
 from offline_lmrl.comparison.storage import Storage
 from offline_lmrl.errors import Stopped
+from offline_lmrl.evaluation.choice_text import GAIN, aligned
 from offline_lmrl.logs.files import locked
 from offline_lmrl.logs.io import is_prepared, write_text
 from offline_lmrl.logs.terminal import visible
@@ -86,6 +88,13 @@ def _report(storage: Storage) -> Path:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print the table of results to stdout, at most TABLE_WIDTH columns wide."""
+    """Print the table of results to stdout, at most TABLE_WIDTH columns wide, and what each β does to replies."""
     width = min(TABLE_WIDTH, shutil.get_terminal_size((TABLE_WIDTH, 24)).columns)
     Console(width=width).print(terminal_table(rows))
+    for method, lines in beta_lines(Results(rows)).items():
+        print(visible(f"\n{method}, seed {_first_seed(rows, method)}: replies to held-out prompts, by β"))
+        print("\n".join(aligned(lines, ["choice", *GAIN])))
+
+
+def _first_seed(rows: Sequence[Row], method: str) -> int:
+    return next(row["seed"] for row in rows if row["kind"] == "run" and row["method"] == method)

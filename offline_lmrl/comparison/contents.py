@@ -10,6 +10,7 @@ from typing import Any
 from offline_lmrl.comparison.figures import Drawing
 from offline_lmrl.comparison.report import FEW_SEEDS, Key, Line, Results, table_lines
 from offline_lmrl.comparison.rows import Row
+from offline_lmrl.evaluation.choice_text import LEGEND, choice_cells
 from offline_lmrl.evaluation.metrics import Estimate
 
 COSTS = (
@@ -66,6 +67,8 @@ def page_contents(
         "scores": _score_lines(results),
         "costs": _cost_lines(results),
         "choices": _choice_lines(results),
+        "betas": [{"method": name, **line} for name, lines in beta_lines(results).items() for line in lines],
+        "legend": LEGEND,
         "wins": {name: _win_lines(found) for name, found in results.wins.items() if found},
         "missing": [f"{title}: {reason}." for title, reason in missing.items()],
         "samples": _dialogues(results),
@@ -184,6 +187,20 @@ def _choice_lines(results: Results) -> list[Line]:
         }
         lines.append(line)
     return lines
+
+
+def beta_lines(results: Results) -> dict[str, list[Line]]:
+    """Return, for each method whose β was chosen offline, a table line per β: what it does to replies.
+
+    The replies are to contexts of held-out logs, and the lines are those of the first training seed in sampled play.
+    Methods without such replies are left out.
+    """
+    found = {}
+    for key, runs in results.groups.items():
+        tried = [entry for entry in runs[0].get("betas_tried") or () if "broken" in entry]
+        if key.chosen == "offline" and key.decode == "sampled" and tried:
+            found[key.method] = [choice_cells(entry, entry["chosen"]) for entry in tried]
+    return found
 
 
 def _win_lines(found: Mapping[tuple[Key, Key], Estimate]) -> list[Line]:

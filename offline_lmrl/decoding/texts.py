@@ -1,6 +1,8 @@
 """The text of a reply while it grows token by token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+from offline_lmrl.tokens.rendering import Renderer
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what an incomplete UTF-8 sequence decodes to
 
@@ -13,18 +15,16 @@ class TextStream:
     a text that the template prints around a reply, may have begun. The pieces of a reply join to its text.
 
     Args:
-      decode: returns the text of a reply's ids from its start, without what closes it.
+      renderer: decodes the ids of a reply.
       stop: the texts that end a reply; its text is cut before the first of them.
-      frame: the texts that the template prints before a reply and before its closing token, which `decode` leaves out.
     Attributes:
       text: the text that is final.
       stopped: True once a stop text was found.
     """
 
-    def __init__(
-        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), frame: tuple[str, str] = ("", "")
-    ):
-        self.decode, self.stop, (self.lead, closing) = decode, stop, frame
+    def __init__(self, renderer: Renderer, stop: Sequence[str] = ()):
+        self.decode, self.byte_ids, self.stop = renderer.decode, renderer.byte_ids, stop
+        self.lead, closing = renderer.reply_frame
         self.marks = (*stop, closing) if closing else tuple(stop)
         self.tokens: list[int] = []
         self.text, self.pending, self.stopped = "", "", False
@@ -45,7 +45,7 @@ class TextStream:
         if last:
             return self._settle(self.decode(self.tokens))
         begins = self.read == 0 and self.lead.startswith(now)
-        if new and not begins and not now.endswith(INCOMPLETE):
+        if new and not begins and not now.endswith(INCOMPLETE) and token not in self.byte_ids:
             self.pending += new
             self.start, self.read = self.read, len(self.tokens)
         return self._settle(self.text + self.pending[: len(self.pending) - self._begun(self.pending)])

@@ -2,8 +2,8 @@
 
     1. A choice must not break the text: of its replies to held-out prompts, at most MORE_BROKEN more than of the plain
        policy's are broken (empty, unfinished, looping, or less likely than the least likely 1 % of plain replies).
-    2. Among these, the choice with the best cautious realised advantage: the middle between the estimate and the lower
-       end of its 95 % interval, about one standard error below the estimate (realised.py).
+    2. Among these, the choice with the best cautious realised advantage (realised.py): its estimate less a quarter of
+       the distance to the lower end of its 95 % interval, which is half a standard error.
     3. If none is above 0, the plain policy: without guidance and without a requested return.
 
 The advantage grows with β as long as Q orders held-out outcomes, its error grows faster where Q does not, and only
@@ -17,8 +17,8 @@ from offline_lmrl.evaluation.choices import ChoiceRow
 
 MORE_BROKEN = 0.05  # a share of replies
 RULE = (
-    f"the largest realised advantage, cautiously taken between the estimate and the lower end of its interval, among "
-    f"choices with at most {MORE_BROKEN:.0%} more broken replies than β 0; β 0 if none is above 0"
+    f"the largest realised advantage less half its standard error, among choices with at most {MORE_BROKEN:.0%} more "
+    "broken replies than β 0; β 0 if none is above 0"
 )
 
 
@@ -35,5 +35,5 @@ def choose(rows: Sequence[ChoiceRow]) -> ChoiceRow:
 
 
 def cautious(row: ChoiceRow) -> float:
-    """Return the middle between the row's realised advantage and the lower end of its interval, in reward units."""
-    return (row.realised.mean + row.realised.low) / 2
+    """Return the realised advantage of a row less half a standard error, in reward units."""
+    return row.realised.mean - (row.realised.mean - row.realised.low) / 4

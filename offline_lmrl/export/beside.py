@@ -6,7 +6,6 @@ how many are unfinished or repeat themselves, what the run's own Q and its own d
 rewards of a scorer. For these, the table has the difference, export − run, with its 95 % interval over prompts.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from offline_lmrl.decoding.sampler import Sampler
 from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.decoding.texts import TextStream
 from offline_lmrl.evaluation.metrics import mean_interval
+from offline_lmrl.evaluation.replies import repeats
 from offline_lmrl.export.prompts import PromptIds, Prompts
 from offline_lmrl.logs.preferences import score_rows
 from offline_lmrl.logs.trajectory import Turn
@@ -38,7 +38,6 @@ Q_PER_TOKEN = "Q per token"
 LOG_PROB = "log-probability per token under the run"
 REWARD = "reward"
 LARGEST_GAP = 1e-3  # nats between the two best tokens of the run, up to which rounding may choose the other one
-GRAM, TIMES = 4, 4  # a reply repeats itself if one sequence of GRAM tokens occurs TIMES times
 
 
 class Player(Protocol):
@@ -203,7 +202,8 @@ class Trial:
           export: the export's replies.
           bounded: function that adds to a measure what is expected of it; None leaves the measure out.
         """
-        rows = [self.identical(run.greedy, export.greedy)]
+        best = [[self._ended(reply).tokens for reply in replies.greedy] for replies in (run, export)]
+        rows = [self.identical(*best)]
         measured = [self._measured(replies.drawn) for replies in (run, export)]
         for name, of_run in measured[0].items():
             with np.errstate(invalid="ignore"):  # −inf, of a token that the run never chooses
@@ -261,19 +261,11 @@ class Trial:
 
     def _measured(self, replies: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """Return the measures of replies, one number per prompt."""
-        policy, texts, ids, ended = self.policy, [], [], []
-        for reply in replies:
-            stream = TextStream(policy.renderer.decode, self.decoding.stop)
-            for place, token in enumerate(reply, 1):
-                stream.add(token, last=place == len(reply))
-                if stream.stopped:
-                    break
-            texts.append(stream.text)
-            ids.append(stream.tokens)
-            ended.append(stream.stopped or reply[-1] in policy.sampler.close_ids)
+        policy, streams = self.policy, list(map(self._ended, replies))
+        ids, closing = [stream.tokens for stream in streams], policy.sampler.close_ids
         found: dict[str, list[Any]] = {
             LENGTH: [len(reply) for reply in ids],
-            UNFINISHED: [not done for done in ended],
+            UNFINISHED: [not stream.stopped and stream.tokens[-1] not in closing for stream in streams],
             REPEATING: [repeats(reply) for reply in ids],
         }
         if part_of(policy.model, "value_heads") is not None:
@@ -281,10 +273,19 @@ class Trial:
         if self._one_stream:
             found[LOG_PROB] = self._per_token([prompt.asked for prompt in self.ids], ids, self._log_prob)
         if self.scorer is not None:
-            options = [[[Turn("assistant", text)]] for text in texts]
+            options = [[[Turn("assistant", stream.text)]] for stream in streams]
             scored = score_rows(list(zip(self.prompts.histories, options, strict=True)), load_scorer(self.scorer))
             found[REWARD] = [float(score[0]) for score in scored]
         return {name: np.array(values, dtype=float) for name, values in found.items()}
+
+    def _ended(self, reply: Sequence[int]) -> TextStream:
+        """Return a reply up to the first of the run's stop texts, which only some forms of export end it at."""
+        stream = TextStream(self.policy.renderer, self.decoding.stop)
+        for place, token in enumerate(reply, 1):
+            stream.add(token, last=place == len(reply))
+            if stream.stopped:
+                break
+        return stream
 
     def _q(self, states: States) -> torch.Tensor:
         return reduce_q(states.q_of_action(), self.decoding.q_reduce)
@@ -306,9 +307,3 @@ class Trial:
         found = compute_step_outputs(self.policy.model, data, measure=lambda s: {"value": measure(s)})
         parts = np.split(found.measured["value"], np.cumsum([len(reply) for reply in replies])[:-1])
         return [float(part.mean()) for part in parts]
-
-
-def repeats(reply: Sequence[int]) -> bool:
-    """True if one sequence of GRAM tokens occurs TIMES times in a reply."""
-    grams = Counter(tuple(reply[i : i + GRAM]) for i in range(len(reply) - GRAM + 1))
-    return max(grams.values(), default=0) >= TIMES

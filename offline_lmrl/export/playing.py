@@ -1,11 +1,13 @@
 """Play an export by the `generate` of transformers, as somebody without this project does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from offline_lmrl.decoding.config import DecodingConfig
 
@@ -32,7 +34,7 @@ class GeneratePlayer:
         arguments |= {"pad_token_id": ends[0] if config.pad_token_id is None else config.pad_token_id}
         if decoding.temperature == 0:
             arguments["do_sample"] = False
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), errors_only("transformers.generation.configuration_utils"):
             torch.manual_seed(seed)
             for start in range(0, len(prompts), AT_ONCE):
                 rows = [torch.tensor(self.spell(prompt)) for prompt in prompts[start : start + AT_ONCE]]
@@ -42,6 +44,18 @@ class GeneratePlayer:
                 new = self.model.generate(**read, **arguments)[:, ids.shape[1] :]
                 found += [until_end(reply, ends) for reply in new.tolist()]
         return found
+
+
+@contextmanager
+def errors_only(name: str) -> Iterator[None]:
+    """A context manager: silence a logger of transformers, which warns of sampling settings in greedy decoding."""
+    logger = logging.get_logger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def until_end(reply: Sequence[int], ends: Sequence[int]) -> list[int]:

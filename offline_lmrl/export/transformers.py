@@ -45,7 +45,8 @@ from offline_lmrl.tokens.conditioning import STATE_ASKS
 
 PROJECT_IMPORT = b"\nfrom offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token\n"
 IN_FORM = ("support", "q_reduce", "candidates", "clip", "condition_scale")  # settings that no request changes
-PROBE = 24  # tokens of the reply to the probe
+PROBE = 16  # tokens of the reply to the probe
+TRIED = 16  # prompts among which the probe is found
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,9 @@ class Probe:
 
 
 def find_probe(policy: LanguagePolicy, request: Request) -> Probe | None:
-    """Return a probe, from the prompt whose two greedy replies differ first; None if none differs."""
+    """Return a probe: of TRIED prompts, the one whose greedy replies differ first; None if none differs."""
     decoding = replace(request.decoding, temperature=0.0, max_new_tokens=PROBE)
-    histories = [history for history in request.prompts if _body(policy, history) is not None]
+    histories = [history for history in request.prompts if _body(policy, history) is not None][:TRIED]
     ids, player = encode_prompts(policy, histories, decoding.ask), RunPlayer(policy)
     guided = player.play([prompt.asked for prompt in ids], decoding, 0)
     # Without the glue, nothing is inserted into the prompt either.

@@ -11,7 +11,8 @@ A row is one line of a data file, as a dict. These forms are read:
 last agent turn. Agent turns in the prompt are context and have no score. The setting `data.reward` names another
 column that holds the score. All forms may contain `terminated, group, task, source, labels`. Without a group, the
 group of a row with a prompt is a hash of the prompt. Other columns are kept in `labels`, unless `labels` already has
-an entry of that name. A row in which the agent abstained (`generate --threshold`) is dropped.
+an entry of that name. A row in which the agent abstained (`generate --threshold`) is dropped, and so is a line of
+`serve --log` without messages (a refused request, or a log without texts).
 
 Other spellings are read too, and counted: `conversations` with `from` and `value` (ShareGPT), `response` for
 `completion`, other names of roles, and numbers, true and false and lists written as text (a CSV file can hold nothing
@@ -39,6 +40,7 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn, read_labels
 
 ROW_REWARD = "repaired: reward of the row put on its last agent turn"
 ABSTAINED = "the agent abstained, so there is no reply"
+NOT_ANSWERED = "a served request without messages and a reply"
 
 COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"), ("options", "target"))
 
@@ -136,6 +138,7 @@ def _turns(row: Record, reward: str | None) -> tuple[list[Turn], str, set[str]]:
                 "comparisons into scored rows"
             )
     dialogue = next((name for name in DIALOGUES if name in row.present), None)
+    drop_if(dialogue is None and "served" in row.present, NOT_ANSWERED)
     completion = next((name for name in COMPLETIONS if name in row.present), None)
     used = {"reward"} if reward is None else set()
     if dialogue is not None:

@@ -93,6 +93,7 @@ class TurnEncoder:
     Attributes:
       agent_opening: ids of the generation prompt, after which the agent writes; never empty.
       close_ids: all tokens that end an agent turn.
+      reply_frame: the texts at the start of a reply, and before the token that closes it, which `decode` leaves out.
 
     Raises: InputError if nothing is printed before the agent's text.
     """
@@ -108,6 +109,7 @@ class TurnEncoder:
         self._kept_controls = encoder.controls - {encoder.added[name] for name in THINK if name in encoder.added}
         # The text of an agent's closing before the token that closes the turn.
         self._before_close = encoder.decode(encoder.closing(text.live[1])[0][:-1])
+        self.reply_frame = "".join(text.before_content(text.live[0])), self._before_close
 
     def opening(self, prompt: str | None) -> tuple[int, ...]:
         """Return the ids of a generation prompt; None = the usual one."""
@@ -177,11 +179,6 @@ class TurnEncoder:
         kept = kept[: -len(before)] if before and kept[-len(before) :] == before else kept
         return (*self.opening(text.prompt), *kept, *self.encoder.template("x", form[-1][1]))
 
-    @property
-    def reply_frame(self) -> tuple[str, str]:
-        """The texts at the start of a reply, and before the token that closes it, which `decode` leaves out."""
-        return "".join(self.text.before_content(self.text.live[0])), self._before_close
-
     def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
         """Return the text of a turn's sampled ids, up to the closing token.
 
@@ -219,6 +216,8 @@ class Renderer:
       agent_opening: ids of the generation prompt, after which the agent writes; never empty.
       close_id: the token that ends an agent turn.
       close_ids: all tokens that end an agent turn.
+      reply_frame: as in `TurnEncoder`.
+      byte_ids: as in `TextEncoder`.
       fingerprint: a string that is equal for renderers with equal tokenizer and printed texts, also after saving and
         loading; it begins with the scheme.
 
@@ -251,6 +250,7 @@ class Renderer:
         self.close_id = self.encoder.close_id
         self._turns = TurnEncoder(text, self.encoder, ends)
         self.agent_opening, self.close_ids = self._turns.agent_opening, self._turns.close_ids
+        self.reply_frame, self.byte_ids = self._turns.reply_frame, self.encoder.byte_ids
         controls, added = self.encoder.control_names, list(self.encoder.added)
         self.printer = Printer(text, stock, template == "assembled", controls, added)
         self.check = TemplateCheck(self)
@@ -329,11 +329,6 @@ class Renderer:
         """
         window = in_window(turns, self.printer.speaks_as_user, first, stop, live)
         return [encoded[i][_FIELD[form]] for i, form in window]
-
-    @property
-    def reply_frame(self) -> tuple[str, str]:
-        """The texts around a reply that `decode` leaves out (`TurnEncoder.reply_frame`)."""
-        return self._turns.reply_frame
 
     def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
         """Return the text of a turn's sampled ids (`TurnEncoder.decode`)."""

@@ -19,6 +19,7 @@ from offline_lmrl.logs.hub import ask_hub
 from offline_lmrl.logs.trajectory import ROLES
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 ROLE_TOKENS = tuple(f"<{role}>" for role in ROLES)
 # One token opens a turn and one token closes it, which keeps contexts short and turn markers out of the text.
 CHAT_TEMPLATE = (
@@ -107,6 +108,7 @@ class TextEncoder:
       control_names: the texts of the control tokens.
       controls: the ids of the control tokens.
       close_id: the token that ends an agent turn: the control token in `closing`, or EOS.
+      byte_ids: the tokens of single bytes whose text depends on the bytes after them.
 
     Raises: InputError if `closing` has no such token and the tokenizer no EOS.
     """
@@ -120,6 +122,11 @@ class TextEncoder:
         self.controls = {self.added[name] for name in self.control_names}
         if tokenizer.unk_token != tokenizer.eos_token:
             self.controls.discard(tokenizer.unk_token_id)  # content that the tokenizer cannot spell gives it
+        # A decoder of single bytes gives one sign for each byte of a run that is no text, also for those that are.
+        falls_back = '"ByteFallback"' in json.dumps(self.description["decoder"])
+        self.byte_ids = frozenset(
+            i for name, i in tokenizer.get_vocab().items() if falls_back and BYTE.fullmatch(name)
+        )
         self._inside_control = _inside(self.control_names)
         self._backend = _content_backend(self.description, self.control_names)
         self.content = functools.lru_cache(maxsize=1 << 16)(self._content)

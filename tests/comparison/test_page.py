@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from offline_lmrl.cli.main import main
+from offline_lmrl.comparison.compare import print_table
 from offline_lmrl.comparison.page import write_report
 from offline_lmrl.errors import InputError
 
@@ -425,3 +426,27 @@ def test_the_command_draws_a_folder_again(tmp_path, plain, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["compare", str(tmp_path / "empty")]) == 2
     assert "results.jsonl: found no such file" in capsys.readouterr().err
+
+
+ESTIMATE = {"mean": 0.3, "interval": [0.1, 0.5], "n": 50}
+TRIED = {
+    "choice": {"beta": 4.0, "ask": None}, "advantage": ESTIMATE, "realised": ESTIMATE, "kl_token": ESTIMATE,
+    "kl_reply": ESTIMATE, "log_prob": ESTIMATE, "tokens": ESTIMATE, "kl_logged": 0.2, "changed": 0.1, "unlikely": 0.0,
+    "repeated": 0.0, "unfinished": 0.0, "empty": 0.0, "broken": 0.04, "distinct_1": 0.5, "distinct_2": 0.9,
+    "texts": [], "beta": 4.0, "kl": 0.2, "chosen": True,
+}  # fmt: skip
+
+
+def test_what_each_beta_does_to_replies_is_a_table_of_the_page_and_of_the_terminal(tmp_path, capsys):
+    rows = results()
+    for row in rows:
+        if row.get("beta_chosen") == "offline":
+            row["betas_tried"] = [TRIED | {"choice": {"beta": 0.0, "ask": None}, "beta": 0.0, "chosen": False}, TRIED]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = (write_report(tmp_path) / "report.md").read_text()
+    assert "## What each β does to replies" in page and page.count("β 4 (chosen)") == 1
+    print_table(rows)
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("β 4 (chosen)")]
+    assert "+0.30 [+0.10, +0.50]" in line and line.endswith("4%") and max(map(len, printed.splitlines())) <= 100
+    assert "ilql, seed 0: replies to held-out prompts, by β" in printed

@@ -33,7 +33,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 class Letters:
     """A renderer of one letter per token; the last of `size` ids closes a turn."""
 
-    reply_frame = ("", "")
+    reply_frame, byte_ids = ("", ""), frozenset()
 
     def __init__(self, size):
         self.close_id = size - 1

@@ -93,4 +93,4 @@ def test_the_rule_takes_the_best_cautious_advantage_among_fluent_choices():
     assert choose([plain, small, large, noisy]) is large
     assert choose([plain, small, row(9.0, 8.0, broken=0.2), row(None, None)]) is small
     assert choose([plain, small, row(9.0, 8.0, broken=0.15)]).realised.mean == 9.0
-    assert choose([plain, row(0.2, -0.3)]) is plain and choose([plain]) is plain
+    assert choose([plain, row(0.2, -0.7)]) is plain and choose([plain]) is plain

@@ -1,6 +1,7 @@
 """The comparison of an export with its run: its prompts, measures and bounds, with values worked by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.export import beside
-from offline_lmrl.export.beside import Row, Trial, repeats
+from offline_lmrl.export.beside import Replies, Row, Trial
 from offline_lmrl.export.forms import FORMS, make_form, samples_alike
 from offline_lmrl.export.plain import Plain
 from offline_lmrl.export.playing import GeneratePlayer, until_end
@@ -67,10 +68,8 @@ def test_no_prompts_is_one_line_that_names_the_setting(tmp_path, config, prompts
         find_prompts(tmp_path, HeldOut(prompts))
 
 
-def test_a_reply_repeats_itself_if_four_tokens_in_a_row_come_four_times():
-    assert repeats([1, 2, 3, 4] * 4) and not repeats([1, 2, 3, 4] * 3)
-    assert repeats([7] * 7) and not repeats([7] * 6)  # seven equal tokens hold the 4-gram four times
-    assert not repeats([]) and until_end([5, 2, 0, 0], [2]) == [5, 2] and until_end([5, 5], [2]) == [5, 5]
+def test_a_reply_ends_with_the_first_id_that_ends_one():
+    assert until_end([5, 2, 0, 0], [2]) == [5, 2] and until_end([5, 5], [2]) == [5, 5]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +107,16 @@ def test_measures_are_means_over_prompts_of_what_the_run_says(trial):
     text = Trial(policy, trial.prompts, trial.ids, trial.greedy, form)
     measured = text._measured([stopped] * 3)
     assert measured[beside.UNFINISHED].tolist() == [0, 0, 0]  # a stop text ends a reply
+
+
+def test_replies_are_compared_up_to_a_stop_text_at_which_only_some_exports_end_them(trial):
+    tokens = [trial.policy.renderer.tokenizer.encode(text, add_special_tokens=False) for text in ("left", " right")]
+    stopped = replace(trial, decoding=replace(trial.decoding, stop=("left",)))
+    longer, ended = Replies([sum(tokens, [])] * 3, []), Replies([tokens[0]] * 3, [])
+    longer, ended = (replace(one, drawn=one.greedy) for one in (longer, ended))
+    for one, keep in ((stopped, True), (trial, False)):
+        row = one.compare(longer, ended, lambda row: row).rows[0]
+        assert (row.export, row.met) == (float(keep), keep)
 
 
 def test_only_a_difference_far_outside_chance_misses_the_bound_of_sampled_replies():

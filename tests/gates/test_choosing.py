@@ -1,0 +1,87 @@
+"""How much of the gain of choosing by play the rule of choice keeps. `pytest -m gates -s tests/gates/test_choosing.py`
+
+The task `-k walk` is one of those on which the rule was fixed, on other seeds; the others judge it. Every test trains
+five seeds with a shipped recipe: minutes of a core for walk and pref_gold, an hour for wordle and support.
+"""
+
+import pytest
+
+from offline_lmrl.cli.data import prepare_from_settings
+from offline_lmrl.comparison.compare import run_compare
+from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.logs.io import holds_comparisons, read_comparisons, read_trajectories
+from offline_lmrl.logs.preferences import to_trajectories
+from offline_lmrl.logs.yaml_text import read_yaml
+from offline_lmrl.settings import build
+from offline_lmrl.shipped import config_path
+from offline_lmrl.tasks import make_environment
+from tests.gates.choosing import ASKS, BETAS, gains, kept, measure, write
+
+NEEDED = {"reward_model", "bc", "ilql", "return_conditioned"}
+
+
+def comparison(name, folder):
+    """A shipped comparison, reduced to the methods of the cells, that plays next to nothing itself."""
+    raw = read_yaml(config_path(name), "settings")
+    raw["methods"] = {key: value for key, value in raw["methods"].items() if key in NEEDED}
+    raw |= {"output": str(folder / "runs"), "workers": 1, "reference": {}}
+    raw["prepare"]["output"] = str(folder / "data")
+    raw["data"] = {split: str(folder / "data" / f"{split}.jsonl") for split in ("train", "validation")}
+    raw["evaluation"] |= {"episodes": 4, "betas": [4], "offline_rows": 4, "selection": None}
+    return build(CompareConfig, raw)
+
+
+def held_out(path):
+    if not holds_comparisons(path):
+        return read_trajectories(path)
+    return to_trajectories(read_comparisons(path), reward="sign")
+
+
+@pytest.mark.gates
+@pytest.mark.parametrize("name", ["walk/compare", "preferences/pref_gold", "wordle/two_piece", "support/compare"])
+def test_the_rule_keeps_most_of_the_gain(name, tmp_path):
+    config = comparison(name, tmp_path)
+    run_compare(config, prepare=prepare_from_settings)
+    logs = held_out(config.data["validation"])[:400]
+    rows = []
+    for method in ("ilql", "return_conditioned"):
+        for seed in config.seeds:
+            folder = tmp_path / "runs" / "runs" / f"{method}-{seed}"
+            policy = LanguagePolicy.load(folder, **config.evaluation.decoding, beta=0.0, ask=None)
+            rows += measure(
+                {"task": config.environment["name"], "method": method, "seed": seed},
+                policy,
+                make_environment(**config.environment),
+                logs,
+                {"selection": range(10**6, 10**6 + 200), "report": range(5000, 5400)},
+                ASKS if method == "return_conditioned" else BETAS,
+            )
+    write(tmp_path / "rows.jsonl", rows)
+    cells = gains(rows)
+    for cell in cells:
+        print(cell)
+    share, low, high = kept(cells)
+    print(f"{name}: kept {share:.2f} [{low:.2f}, {high:.2f}], rows in {tmp_path / 'rows.jsonl'}")
+    assert share >= 0.8
+
+
+def row(task, seed, beta, score, selection, chosen, sd=2.0):
+    return {
+        **{"task": task, "method": "ilql", "seed": seed, "beta": beta, "ask": None, "chosen": chosen},
+        **{"report": score, "selection": selection, "sd": sd},
+    }
+
+
+def test_kept_gain_by_hand():
+    rows = [
+        # the rule gains (3 − 1) / 2 = 1, choosing by returns (4 − 1) / 2 = 1.5
+        *(row("a", 0, 0.0, 1.0, 0.0, False), row("a", 0, 4.0, 3.0, 1.0, True), row("a", 0, 8.0, 4.0, 2.0, False)),
+        # the rule loses 0.5; the plain policy is the best by returns, and gains 0
+        *(row("b", 0, 0.0, 1.0, 9.0, False), row("b", 0, 4.0, 0.0, 1.0, True)),
+    ]
+    cells = gains(rows)
+    assert [(c["rule_gain"], c["returns_gain"]) for c in cells] == [(1.0, 1.5), (-0.5, 0.0)]
+    assert [(c["rule"], c["returns"]) for c in cells] == [("β 4", "β 8"), ("β 4", "β 0")]
+    assert kept(cells[:1]) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    assert kept(cells * 1, draws=50)[0] == pytest.approx(0.5 / 1.5)
