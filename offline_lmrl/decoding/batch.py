@@ -226,6 +226,8 @@ class Batch:
           follow: True: add the new tokens to the rows and decode them. False: do so only where a stop text may end a
             reply.
         """
+        if not follow:
+            self.top = []  # only events hold them
         closed, counted = self.closed.tolist(), self.counted.tolist()
         for row, is_closed, count in zip(self.rows, closed, counted, strict=True):
             most = row.request.config.max_new_tokens

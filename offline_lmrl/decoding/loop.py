@@ -18,6 +18,7 @@ from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.constraints import TokenTrie
 from offline_lmrl.decoding.prompts import Prompts, evaluating
 from offline_lmrl.decoding.texts import TextStream
+from offline_lmrl.errors import require
 from offline_lmrl.logs.protocols import Reply
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ class SamplingLoop:
           requests: what to reply to.
           keys: the keys of the rows, under which their caches are in the memory; None = new ones.
         Returns: the key of each row.
-        Raises: InputError if the model lacks what a request's settings need, or if an option cannot be a reply; no row
-          is added then.
+        Raises: InputError if a prompt is empty, if the model lacks what a request's settings need, or if an option
+          cannot be a reply; no row is added then.
         """
         sampler, rows = self.sampler, []
         for i, request in enumerate(requests):
+            require(len(request.prompt) > 0, "prompt: found no token, expected at least one")
             options = sampler.options.encode(request.options, request.config.max_new_tokens)
             text = TextStream(sampler.renderer, request.config.stop)
             key = self.next_key + i if keys is None else keys[i]

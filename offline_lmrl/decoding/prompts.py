@@ -93,7 +93,8 @@ class Rows:
 
         Both are kept per token, in one stream.
         """
-        return _joined([(self, rows), (others, None)], reserve)
+        everyone = len(rows) == len(self.length)  # then their caches are copied once and not twice
+        return _joined([(self, None if everyone else rows), (others, None)], reserve)
 
 
 def _joined(parts: Sequence[tuple[Rows, Tensor | None]], reserve: int) -> Rows:

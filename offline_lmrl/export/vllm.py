@@ -202,7 +202,9 @@ class VLLMPlayer:
 
     def _start(self, longest: int) -> subprocess.Popen[str]:
         """Start the engine; `longest`: the largest number of tokens of a prompt with its reply."""
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+        # One process starts sooner than two, and its errors are in the log.
+        fixed = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | fixed
         process = subprocess.Popen(
             [self.python, "-m", "offline_lmrl.export.vllm_play"],
             stdin=subprocess.PIPE,

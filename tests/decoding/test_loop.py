@@ -4,6 +4,7 @@ import gc
 import math
 import random
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,6 +212,8 @@ def test_a_request_that_the_model_lacks_something_for_adds_no_row():
     loop = SamplingLoop(sampler_of(tiny()))
     with pytest.raises(InputError, match="^beta: found 1.0, expected 0, as GPT2LMHeadModel has no value heads"):
         loop.add([request([1]), request([2], beta=1.0)])
+    with pytest.raises(InputError, match="^prompt: found no token"):
+        loop.add([request([1]), request([])])
     assert len(loop) == 0 and loop.step() == []
 
 
@@ -235,6 +238,14 @@ def test_several_tokens_per_step_give_the_same_events():
     found = [[event for event in events if event.row == key] for key in keys]
     for first, second in zip(run(one, [requests]), found, strict=True):
         assert [(e.token, e.text, e.finished) for e in first] == [(e.token, e.text, e.finished) for e in second]
+
+
+def test_replies_to_requests_that_want_the_most_probable_tokens_are_those_of_others():
+    sampler = never_closing(tiny())
+    plain = [request([n], n, max_new_tokens=3 + n) for n in range(6)]
+    loops = SamplingLoop(sampler), SamplingLoop(sampler)
+    keys = loops[0].add(plain), loops[1].add([replace(one, top=3) for one in plain])
+    assert keys[0] == keys[1] and dict(loops[0].replies()) == dict(loops[1].replies())
 
 
 def test_the_loop_leaves_the_model_in_its_mode():

@@ -80,8 +80,8 @@ FAULTS = (
     Fault("the larger of two heads counts", "return q.amin(0)", "return q.amax(0)", "test_distribution.py"),
     Fault(
         "guidance by returns is one too small",
-        "(1.0 + scale) / (temperature or 1.0)",
-        "scale / (temperature or 1.0)",
+        "(1.0 + scale) / divisor(temperature)",
+        "scale / divisor(temperature)",
         "test_distribution.py",
     ),
     Fault(
@@ -119,6 +119,18 @@ FAULTS = (
         "* self.args.world_size / num_items_in_batch",
         "* self.args.world_size / len(per_item)",
         "training/test_trainer.py",
+    ),
+    Fault(
+        "the caches of rows that join are aligned to the left",
+        "place[:, :, empty:width] = states",
+        "place[:, :, : width - empty] = states",
+        "test_loop.py",
+    ),
+    Fault(
+        "a row that joins a batch takes the random numbers of its first tokens again",
+        "row.request.counter + row.before",
+        "row.request.counter",
+        "test_loop.py",
     ),
     Fault(
         "support is judged at the temperature that is asked for",
