@@ -174,14 +174,13 @@ class LogsConfig(OpenedRun):
     betas: tuple[float, ...] = setting(
         (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
         "Weights of value guidance to try; 0, none, is always among them. One is chosen: the one with the largest "
-        "realised advantage (what the logs earned where it would have acted alike; taken cautiously, between the "
-        "estimate and the lower end of its interval), among those with at most 5% more broken replies than β 0; β 0 "
-        "if none is above 0.",
+        "realised advantage less half its standard error (what the logs earned more where it would have acted alike), "
+        "among those with at most 5% more broken replies than β 0; β 0 if none is above 0.",
     )
     asks: tuple[float | str, ...] | None = setting(
         None,
-        "Returns to request, such as [0, p50, max], each with a row in the same table; null = p50, p90 and max for a "
-        "model that was trained with returns.",
+        "Returns to request, such as [0, p50, max], each with a row in the same table; null = p50, p75, p90 and max "
+        "for a model that was trained with returns.",
     )
     prompts: int = setting(
         50,

@@ -484,8 +484,36 @@ def test_evaluate_plays_every_episode_behind_a_demonstration_of_its_task(command
 def test_evaluate_reads_held_out_logs(command, trained):
     code, out, _ = command("evaluate", "logs", trained / "run", "--data", trained / "data.jsonl", "--betas", "[1, 2]")
     assert code == 0 and out.startswith("8 trajectories, ")
+    assert "no replies were generated: max_length: found " in out  # the run's window has no space for 64 tokens
     code, out, _ = command("evaluate", "logs", trained / "run", "--data", trained / "data.jsonl", "--show", 2)
     assert code == 0 and "assistant: right   [reward 0]" in out
+
+
+def test_evaluate_lets_every_beta_reply_to_held_out_logs_and_writes_a_page(command, trained, tmp_path):
+    logs = (
+        "evaluate",
+        "logs",
+        trained / "run",
+        "--data",
+        trained / "data.jsonl",
+        "--prompts",
+        2,
+        "--max_new_tokens",
+        3,
+    )
+    code, out, err = command(*logs, "--betas", "[1]", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert "\n  β 1 " in out and "chosen offline: β " in out and f"written: {tmp_path / 'out' / 'choices.html'}" in out
+    found = json.loads((tmp_path / "out" / "choices.json").read_text())
+    assert found["decoding"]["max_new_tokens"] == 3 and len(found["choices"]["rows"][1]["texts"]) <= 2
+    for wrong, message in (
+        (("--prompts", -1), "prompts: found -1, expected 0 (no replies) or more"),
+        (("--output", tmp_path / "page.html"), "page.html, expected a folder or a file that ends in .json"),
+        (("--asks", "[max]"), "ask: found 'max', expected null"),
+        (("--kl_budget", 0.3), "kl_budget: found"),
+    ):
+        code, _, err = command(*logs, *wrong)
+        assert code == 2 and message in err, err
 
 
 def test_generated_replies_are_records_that_can_be_read_again(command, trained, tmp_path):
