@@ -61,7 +61,7 @@ def measure(
                 "episodes": len(scores["report"]),
                 "realised": None if row.realised is None else list(row.realised[:3]),
                 "advantage": None if row.advantage is None else list(row.advantage[:3]),
-                "broken": row.broken,
+                **{name: getattr(row, name) for name in ("broken", "repeated", "unfinished", "empty")},
                 "kl_token": row.kl_token and row.kl_token.mean,
                 "kl_logged": row.kl_logged,
                 "log_prob": row.log_prob and row.log_prob.mean,
