@@ -6,7 +6,7 @@ STAMP := .venv/installed
 ENGINES ?= .engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quickstart smollm2 engines
+.PHONY: help setup test quickstart smollm2 real engines
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -25,6 +25,9 @@ quickstart: $(STAMP) ## set up, then make the logs of the maze, compare five met
 
 smollm2: $(STAMP) ## fetch SmolLM2-135M-Instruct (93 MB) and write it to models/smollm2-135m
 	$(BIN)/python tests/smollm2.py
+
+real: smollm2 ## train SmolLM2 on support chats, export and serve it, and compare what each of them replies (hours of one core)
+	ENGINES=$(ENGINES) $(BIN)/python tests/road.py runs/road
 
 engines: $(STAMP) $(ENGINES)/installed ## make .engines with vLLM for CPUs (3.5 GB), and test exports inside it
 	ENGINES=$(ENGINES) $(BIN)/python -m pytest -m engines

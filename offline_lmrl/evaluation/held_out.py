@@ -106,10 +106,10 @@ class HeldOutQ:
         Args:
           features: (P, F), features of the replies.
           others: (P, F), features of the replies that they are compared with, to the same prompts.
-          groups: the group of each prompt, each one of the groups of the fit.
+          groups: the group of each prompt. A group that no fit used may be rated by any of them.
         """
         change = _standardised(features, self.mean, self.spread) - _standardised(others, self.mean, self.spread)
-        fold = np.array([self.fold_of[group] for group in groups])
+        fold = np.array([self.fold_of.get(group, place % len(self.folds)) for place, group in enumerate(groups)])
         gains, weight = np.zeros(len(change)), np.zeros(len(self.returns))
         for number, part in enumerate(self.folds):
             of_rows = part.inverse @ part.features @ change[fold == number].T  # (m, prompts of this fold)

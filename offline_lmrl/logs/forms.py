@@ -138,7 +138,7 @@ def _turns(row: Record, reward: str | None) -> tuple[list[Turn], str, set[str]]:
                 "comparisons into scored rows"
             )
     dialogue = next((name for name in DIALOGUES if name in row.present), None)
-    drop_if(dialogue is None and row.present.issuperset(("route", "status")), NOT_ANSWERED)
+    drop_if(dialogue is None and "served" in row.present, NOT_ANSWERED)
     completion = next((name for name in COMPLETIONS if name in row.present), None)
     used = {"reward"} if reward is None else set()
     if dialogue is not None:

@@ -73,3 +73,13 @@ def test_extreme_and_constant_features_are_not_extrapolated():
 @pytest.mark.parametrize(("returns", "groups"), [([1.0, 1.0], ["a", "b"]), ([0.0, 1.0], ["a", "a"])])
 def test_equal_returns_and_single_groups_give_no_fit(returns, groups):
     assert HeldOutQ.fit(np.eye(2), np.array(returns), groups) is None
+
+
+def test_a_prompt_whose_group_no_fit_used_is_rated_too():
+    x, y, groups = drawn(np.random.default_rng(0))
+    q = HeldOutQ.fit(x, y, groups)
+    ones, new = x[:10] * 0 + 0.1, [f"new{i}" for i in range(10)]
+    # every fit rates as many of them: the mean is that over known groups of every fold
+    known = [next(group for group in groups if q.fold_of[group] == i % 5) for i in range(10)]
+    expected = q.difference(ones, ones * 0, known).mean
+    assert q.difference(ones, ones * 0, new).mean == pytest.approx(expected)

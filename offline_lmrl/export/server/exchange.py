@@ -127,8 +127,9 @@ class Exchange:
         if self.refusal is None and not self.is_done:
             self.refusal = Refusal(CLIENT_GONE, "the client closed the connection")
         status = 200 if self.refusal is None else self.refusal.status
-        facts = {"id": self.id, "route": self.request.url.path, "status": status}
-        self.service.note(facts | ({"error": self.refusal.message} if self.refusal else {}), self.answers)
+        served = {"route": self.request.url.path, "status": status}
+        error = {"error": self.refusal.message} if self.refusal else {}
+        self.service.note(self.id, served | error, self.answers)
 
     async def _body(self) -> bytes:
         kind = self.request.headers.get("content-type", "")

@@ -174,32 +174,38 @@ class Service:
         """Return the forms of the answer to a request with this id."""
         return Shapes(asked, {"id": identity, "created": int(time.time()), "model": self.name}, self.close_ids)
 
-    def note(self, facts: Mapping[str, Any], answers: Answers | None = None) -> None:
+    def note(self, identity: str, served: Mapping[str, Any], answers: Answers | None = None) -> None:
         """Write the lines of a request to the log: one per reply, or one without a reply.
 
+        Numbers are in groups, so that none of them looks like the score of a row.
+
         Args:
-          facts: id, route, status and, for a refused request, the error.
+          identity: the id of the request.
+          served: route, status and, for a refused request, the error.
           answers: the replies; None = the request was refused before there were any.
         """
-        facts = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **facts, "model": self.name}
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "id": identity, "model": self.name}
         if answers is None or not answers.job.requests:
-            self.log.write(facts)
+            self.log.write(line | {"served": served})
             return
-        facts |= {"seconds": round(time.monotonic() - answers.start, 4), "first_token_seconds": answers.first_token}
-        asked = answers.asked
+        asked, first = answers.asked, answers.first_token
+        seconds = {
+            "seconds": round(time.monotonic() - answers.start, 4),
+            "first_token_seconds": None if first is None else round(first, 4),
+        }
         for choice in range(asked.replies // asked.best_of):
             # Of candidates among which nothing was chosen, because the request was given up, the first is logged.
             answer = answers.chosen.get(choice, answers.drawn[choice * asked.best_of])
             request = answers.job.requests[choice * asked.best_of]
+            counts = {"prompt_tokens": len(request.prompt), "completion_tokens": len(answer.written)}
+            ended = {"choice": choice, "finish_reason": answer.finished}
             own = {
-                "choice": choice,
-                "finish_reason": answer.finished,
-                "prompt_tokens": len(request.prompt),
-                "completion_tokens": len(answer.written),
-                "seed": request.seed,
+                "served": {**served, **ended, **counts, **seconds},
+                "decoding": {**request.config.to_dict(), "seed": request.seed},
                 "tokenizer": self.policy.renderer.fingerprint,
+                **({"best_of": answer.labels} if answer.labels else {}),
             }
-            line = facts | own | request.config.to_dict() | asked.labels | answer.labels
+            row = line | asked.labels | own
             if self.settings.log_texts and asked.chat and answer.written:
-                line = reply_row(asked.prompts[0], answer, self.close_ids, line, asked.best_of == 1)
-            self.log.write(line)
+                row = reply_row(asked.prompts[0], answer, self.close_ids, row, asked.best_of == 1)
+            self.log.write(row)

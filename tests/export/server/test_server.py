@@ -22,6 +22,7 @@ from offline_lmrl.export.server.engine import Job
 from offline_lmrl.export.server.exchange import Exchange
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Turn
+from offline_lmrl.tokens.checks import score_columns
 from tests.export.server.running import call, running, tiny_policy
 from tests.export.server.test_bodies import FIELDS, HELLO, MALFORMED
 
@@ -368,8 +369,8 @@ def test_the_log_is_data_for_training_if_it_has_texts(policy, tmp_path):
         call(server, body={"messages": HELLO, "temprature": 2})
         call(server, "/v1/completions", {"prompt": "hello"})
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["status"] for line in lines] == [200, 200, 200, 400, 200]
-    assert "did you mean" in lines[3]["error"] and "messages" not in lines[3]
+    assert [line["served"]["status"] for line in lines] == [200, 200, 200, 400, 200]
+    assert "did you mean" in lines[3]["served"]["error"] and "messages" not in lines[3]
     counts = Counter()
     first, second, chosen = read_trajectories(log, counts=counts)
     assert counts["dropped: a served request without messages and a reply"] == 2
@@ -377,12 +378,13 @@ def test_the_log_is_data_for_training_if_it_has_texts(policy, tmp_path):
     for row, reply in zip((first, second), expected, strict=True):
         assert (row.turns[-1].content, row.turns[-1].token_ids) == (reply.text, reply.token_ids)
         np.testing.assert_allclose(row.turns[-1].behaviour_log_prob, reply.log_prob, atol=1e-4)
-        assert row.terminated == reply.closed and row.labels["beta"] == 3.0 and row.labels["user"] == "u"
+        assert row.terminated == reply.closed and row.labels["decoding"]["beta"] == 3.0 and row.labels["user"] == "u"
         assert row.labels["tokenizer"] == policy.renderer.fingerprint
-        assert row.labels["seconds"] >= row.labels["first_token_seconds"]
-    assert first.labels["id"] == second.labels["id"] and second.labels["seed"] == 1 + SAMPLE_STRIDE
+        assert row.labels["served"]["seconds"] >= row.labels["served"]["first_token_seconds"]
+    assert first.labels["id"] == second.labels["id"] and second.labels["decoding"]["seed"] == 1 + SAMPLE_STRIDE
     assert first.group == second.group == chosen.group
-    assert chosen.labels["score"] == len(chosen.turns[-1].content) and chosen.labels["n"] == 2
+    assert chosen.labels["best_of"] == {"score": float(len(chosen.turns[-1].content)), "n": 2}
+    assert score_columns([first, second, chosen]) == []
     assert chosen.turns[-1].behaviour_log_prob is None and chosen.turns[-1].token_ids
 
 
@@ -392,4 +394,4 @@ def test_a_log_without_texts_holds_none(policy, tmp_path):
         answer = call(server, body={"messages": [{"role": "user", "content": "secret"}], "seed": 1})[2]
     (line,) = map(json.loads, log.read_text().splitlines())
     assert "secret" not in log.read_text() and "token_ids" not in log.read_text()
-    assert line["id"] == answer["id"] and line["completion_tokens"] == answer["usage"]["completion_tokens"]
+    assert line["id"] == answer["id"] and line["served"]["completion_tokens"] == answer["usage"]["completion_tokens"]
