@@ -109,7 +109,7 @@ class Transformers:
             settings["requests"] = [[token] for token in ids]
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        save_file(tensors or {"none": torch.zeros(1)}, folder / "heads.safetensors", {"run": json.dumps(settings)})
+        save_file(tensors, folder / "heads.safetensors", {"run": json.dumps(settings)})
         (folder / "custom_generate").mkdir()
         (folder / "custom_generate" / "generate.py").write_bytes(generate_code())
         lines = _lines(decoding, probe)

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
+from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.export.prompts import HeldOut
 from offline_lmrl.export.run import export_run
@@ -111,3 +112,17 @@ def test_every_family_is_exported_exactly_or_refused(tmp_path):
     assert len(exact) >= 90
     assert {"cohere", "cohere2", "granite", "granitemoe", "opt", "gpt2", "llama", "qwen3", "gemma3_text"} <= exact
     assert {"gemma2", "nanochat", "roberta", "bert"} <= set(refused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CAUSAL_LMS)
+def test_every_family_plays_from_a_folder_for_transformers_as_the_run_does(family, tmp_path):
+    if tiny_run(family, tmp_path / "run") is None:
+        pytest.skip("transformers or the guided class makes none that reads text")
+    try:
+        LanguagePolicy.load(tmp_path / "run", device="cpu")
+    except InputError as error:
+        pytest.skip(f"no run of it plays: {error}")
+    form = {"support": 0.05, "q_reduce": "min", "max_new_tokens": 4}
+    report = export_run(tmp_path / "run", tmp_path / "out", "transformers", held_out=PROMPTS, device="cpu", **form)
+    assert report.beside.rows[0].met

@@ -142,6 +142,6 @@ def _announce(policy: LanguagePolicy, ready: Prepared, name: str) -> None:
     for line in (
         f"serving {ready.run} as model {name!r} on {ready.address}/v1",
         f"decoding, where a request says nothing else: {form}",
-        f"for many users at once: offline-lmrl export {ready.run} --to vllm",
+        f"for many users at once: offline-lmrl export {ready.run} --to vllm --output FOLDER",
     ):
         print(visible(line), file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ from offline_lmrl.export.server.exchange import Exchange
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.tokens.checks import score_columns
+from tests.decoding.test_conditioned_play import policy as conditioned_policy
 from tests.export.server.running import call, running, tiny_policy
 from tests.export.server.test_bodies import FIELDS, HELLO, MALFORMED
 
@@ -196,6 +197,17 @@ def test_requests_at_once_are_those_of_single_ones(policy, server, n):
         expected = generated(policy, turns, body["seed"], max_new_tokens=body["max_tokens"], **form)
         assert status == 200 and [one["message"]["content"] for one in reply["choices"]] == expected
     assert idle(server) == (0, 0, 0, 0)
+
+
+def test_a_requested_return_is_asked_for_as_in_generate():
+    player = conditioned_policy(ask=2, condition_scale=0.5, beta=1.0)  # in two streams, in batches of their own kind
+    with running(player) as server:
+        for ask in (None, 0, 3.5, "max", "auto"):
+            status, _, answer = call(server, body={"messages": HELLO, "seed": 1, "ask": ask})
+            assert status == 200
+            assert answer["choices"][0]["message"]["content"] == generated(player, seed=1, ask=ask)[0]
+        status, _, answer = call(server, "/v1/completions", {"prompt": "hello"})
+        assert status == 400 and "expected messages" in answer["error"]["message"]
 
 
 # What is refused
