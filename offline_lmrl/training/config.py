@@ -87,7 +87,7 @@ class BaseConfig(TrainingArguments):
         self.evaluates_by_default = self.eval_strategy is None
         if self.evaluates_by_default:
             by_epoch = self.save_strategy == SaveStrategy.EPOCH
-            # Without checkpoints, the end is the only time.
+            # transformers also evaluates after the last step, the only time without checkpoints.
             self.eval_strategy = IntervalStrategy.EPOCH if by_epoch else IntervalStrategy.STEPS
             self.eval_steps = 10**9 if self.save_strategy == SaveStrategy.NO else self.save_steps
         try:

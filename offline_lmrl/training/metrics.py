@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
 
 from offline_lmrl.logs.files import reading, writing
 from offline_lmrl.logs.io import write_text
@@ -123,10 +122,8 @@ class MetricsFile(TrainerCallback):
 
 
 class LastStep(TrainerCallback):
-    """A callback by which the last step gets a row of metrics and, unless `eval_strategy` is set, an evaluation."""
+    """A callback by which the last step gets a row of metrics, so that short runs have one."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-            if args.evaluates_by_default and args.eval_strategy == IntervalStrategy.STEPS:
-                control.should_evaluate = True

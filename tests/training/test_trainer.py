@@ -659,8 +659,8 @@ def test_data_are_read_once_and_values_are_dropped_by_an_algorithm_that_does_not
     [
         ({"save_strategy": "no"}, [5]),
         ({"save_strategy": "steps", "save_steps": 2}, [2, 4, 5]),
-        ({"save_strategy": "epoch"}, [3, 5]),
-        ({"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}, [3]),
+        ({"save_strategy": "epoch"}, [5]),
+        ({"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}, [3, 5]),
         ({"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}, []),
         ({"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}, [2, 4, 5]),
     ],
