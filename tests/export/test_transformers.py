@@ -183,6 +183,10 @@ def test_several_ids_end_a_reply_where_they_do_so_in_the_run(tmp_path):
     found = Folder(run, tmp_path / "again")
     assert found.model.generation_config.eos_token_id == sorted([RENDERER.close_id, first])
     assert found.generated() == found.replies() and found.replies()[0][-1] == first
+    ids = torch.tensor([found.prompts()[0]])
+    given = GenerationConfig(do_sample=False, max_new_tokens=30)  # without ids that end a reply
+    whole = found.model.generate(ids, generation_config=given)
+    assert whole[0, ids.shape[1] :].tolist() == found.replies()[0]
 
 
 def test_stop_texts_end_a_reply_without_a_tokenizer_and_those_of_a_request_replace_them(tmp_path):
