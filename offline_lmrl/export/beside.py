@@ -64,7 +64,7 @@ class Row:
     spread: the run's standard deviation over prompts.
     n: number of prompts.
     bound: what is expected of the measure, in words; "" = nothing.
-    met: True if the bound is met; None without a bound.
+    met: True if the bound is met; None without a bound, and with one if the prompts are too few to tell.
     """
 
     name: str
@@ -76,12 +76,20 @@ class Row:
     bound: str = ""
     met: bool | None = None
 
+    @property
+    def apart(self) -> str:
+        return "{:+.3g} [{:+.3g}, {:+.3g}]".format(*self.difference) if self.difference else ""
+
+    @property
+    def found(self) -> str:
+        """What the bound is about, in words."""
+        return f"{self.name} {f'with export − run {self.apart}' if self.difference else f'{self.export:.4g}'}"
+
     def cells(self) -> list[str]:
         number = "{:.4g}".format
         run = "" if self.run is None else number(self.run)
-        apart = "{:+.3g} [{:+.3g}, {:+.3g}]".format(*self.difference) if self.difference else ""
-        verdict = {None: "", True: "met", False: "NOT MET"}[self.met]
-        return [self.name, run, number(self.export), apart, self.bound, verdict]
+        verdict = {None: self.bound and "UNDECIDED", True: "met", False: "NOT MET"}[self.met]
+        return [self.name, run, number(self.export), self.apart, self.bound, verdict]
 
 
 @dataclass(frozen=True)
@@ -119,16 +127,19 @@ class Beside:
         return replace(self, rows=[*self.rows, *rows])
 
     @property
-    def missed(self) -> list[Row]:
-        return [row for row in self.rows if row.met is False]
+    def unmet(self) -> list[Row]:
+        """The measures that miss their bound, or of which the prompts are too few to tell."""
+        return [row for row in self.rows if row.bound and not row.met]
 
     @property
     def title(self) -> str:
         if self.prompts == 0:
             return "The export was not played beside the run"
-        return f"{self.prompts} prompts from {self.source}, replied to by run and export"
+        return f"{self.prompts} prompt{'s' * (self.prompts != 1)} from {self.source}, replied to by run and export"
 
     def __str__(self) -> str:
+        if not self.rows:
+            return self.title
         table = Table("measure", "run", "export", "export − run [95 %]", "bound", "", title=self.title, box=None)
         for row in self.rows:
             table.add_row(*row.cells())
@@ -223,23 +234,23 @@ class Trial:
     def identical(self, run: Sequence[Sequence[int]], export: Sequence[Sequence[int]]) -> Row:
         """Return the share of identical greedy replies.
 
-        The bound is that each of the others first differs at a state where the run's two best tokens differ by less
-        than LARGEST_GAP nats.
+        The bound is that in each of the others, the two tokens at the first difference are less than LARGEST_GAP nats
+        below the run's best one there.
         """
         same = [a == b for a, b in zip(run, export, strict=True)]
-        largest = max(self._gaps(run, export), default=0.0)
-        bound = f"1, or the two best tokens closer than {LARGEST_GAP:g} nats at the first difference"
+        largest = float(np.max(self._gaps(run, export), initial=0.0))  # nan if one is
+        bound = f"1, or the two tokens at the first difference closer than {LARGEST_GAP:g} nats to the best"
         found = "" if all(same) else f" (found up to {largest:.2g})"
         met = largest < LARGEST_GAP
         return Row(IDENTICAL, None, sum(same) / len(same), n=len(same), bound=bound + found, met=met)
 
     def _gaps(self, run: Sequence[Sequence[int]], export: Sequence[Sequence[int]]) -> list[float]:
-        """Return, of each pair of replies that differ, by how much the run's two best tokens differ there, in nats."""
+        """Return how far the two tokens at the first difference of each pair are below the run's best one, in nats."""
         rows = []
         for prompt, mine, other in zip(self.ids, run, export, strict=True):
             first = next((i for i, pair in enumerate(zip(mine, other, strict=False)) if pair[0] != pair[1]), None)
             if first is not None:
-                rows.append([*prompt.asked, *mine[:first]])
+                rows += [[*prompt.asked, *mine[:first], reply[first]] for reply in (mine, other)]
             elif mine != other:  # one of them only ends earlier
                 return [float("inf")]
         if not rows:
@@ -248,10 +259,10 @@ class Trial:
             return [float("inf")]
 
         def measure(states: States) -> Mapping[str, torch.Tensor]:
-            best = states.distribution(self.greedy).topk(2, -1).values
-            return {"gap": best[:, 0] - best[:, 1]}
+            log_prob = states.distribution(self.greedy)
+            return {"gap": log_prob.amax(-1) - _of_action(log_prob, states)}
 
-        data = token_rows(rows, [[len(row) - 1] for row in rows])
+        data = token_rows(rows, [[len(row) - 2] for row in rows])
         return compute_step_outputs(self.policy.model, data, measure=measure).measured["gap"].tolist()
 
     @property
@@ -291,8 +302,7 @@ class Trial:
         return reduce_q(states.q_of_action(), self.decoding.q_reduce)
 
     def _log_prob(self, states: States) -> torch.Tensor:
-        log_prob = states.distribution(self.decoding)
-        return log_prob.gather(-1, states.steps["action"].unsqueeze(-1)).squeeze(-1)
+        return _of_action(states.distribution(self.decoding), states)
 
     def _per_token(
         self,
@@ -307,3 +317,8 @@ class Trial:
         found = compute_step_outputs(self.policy.model, data, measure=lambda s: {"value": measure(s)})
         parts = np.split(found.measured["value"], np.cumsum([len(reply) for reply in replies])[:-1])
         return [float(part.mean()) for part in parts]
+
+
+def _of_action(table: torch.Tensor, states: States) -> torch.Tensor:
+    """Return the entries of a table over states and tokens, (N,V), for the tokens that were chosen, (N,)."""
+    return table.gather(-1, states.steps["action"].unsqueeze(-1)).squeeze(-1)

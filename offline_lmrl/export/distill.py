@@ -156,10 +156,11 @@ def measure(policy: LanguagePolicy, exported: PreTrainedModel, prompts: Sequence
     Args:
       policy: the run.
       exported: the model that engines load, in eval mode; it becomes a guided model without heads.
-      prompts: prompts in token ids, which are repeated until there are MEASURED replies.
+      prompts: prompts in token ids, which are repeated until there are MEASURED replies, unless these are greedy.
     Returns: the KL per token, and the shift of the expected Q per token, each with its bound.
     """
-    chosen = [prompts[i % len(prompts)] for i in range(MEASURED)]
+    count = MEASURED if policy.decoding.temperature > 0 else len(prompts)
+    chosen = [prompts[i % len(prompts)] for i in range(count)]
     replies = GeneratePlayer(exported, list).play(chosen, policy.decoding, seed=2)
     exported, found = as_guided(exported), []
     with torch.no_grad():
@@ -173,7 +174,7 @@ def measure(policy: LanguagePolicy, exported: PreTrainedModel, prompts: Sequence
             taken = q.gather(-1, states.steps["action"].unsqueeze(-1)).squeeze(-1)
             found.append((kl, ((within - log_p.exp()) * q).sum(-1), taken))
     kl, shift, q = ([values.double().cpu().numpy() for values in column] for column in zip(*found, strict=True))
-    groups = [i % len(prompts) for i in range(MEASURED)]
+    groups = [i % len(prompts) for i in range(count)]
     per_token = float(np.concatenate(kl).mean())
     spread = float(np.std([one.mean() for one in q]))
     moved, most = mean_interval([one.mean() for one in shift], groups), LARGEST_SHIFT * spread
@@ -183,8 +184,8 @@ def measure(policy: LanguagePolicy, exported: PreTrainedModel, prompts: Sequence
             "KL(run ‖ export) per token",
             None,
             per_token,
-            n=MEASURED,
-            bound=f"at most {LARGEST_KL} nats, over {MEASURED} own replies",
+            n=count,
+            bound=f"at most {LARGEST_KL} nats, over {count} own replies",
             met=per_token <= LARGEST_KL,
         ),
         Row(
@@ -193,7 +194,7 @@ def measure(policy: LanguagePolicy, exported: PreTrainedModel, prompts: Sequence
             moved.mean,
             apart,
             spread,
-            MEASURED,
+            count,
             f"difference within ± {most:.2g}, {LARGEST_SHIFT} of the standard deviation over own replies",
             -most <= moved.low and moved.high <= most,
         ),
@@ -203,8 +204,9 @@ def measure(policy: LanguagePolicy, exported: PreTrainedModel, prompts: Sequence
 def bounded_distilled(row: Row) -> Row | None:
     """Return a measure of the comparison of a distilled export with its bound; None = it does not apply.
 
-    The difference of sampled rewards and of Q has to be within LARGEST_SHIFT standard deviations of the run. It misses
-    the bound if its interval is outside; where the interval is only too wide, the row says how many prompts would do.
+    The difference of sampled rewards has to be within LARGEST_SHIFT standard deviations of the run. It misses the
+    bound if its interval is outside; where the interval is only too wide, the row says how many prompts would do. The
+    same holds for sampled Q, but there too wide an interval decides nothing: `measure` has Q without that noise.
     """
     if row.name == LOG_PROB:  # −inf after a single token that the run's filters drop
         return None
@@ -215,8 +217,10 @@ def bounded_distilled(row: Row) -> Row | None:
     _, low, high = row.difference
     most = LARGEST_SHIFT * row.spread
     met = True if -most <= low and high <= most else False if low > most or high < -most else None
+    if met is None and row.name == Q_PER_TOKEN:
+        return row
     bound = f"difference within ± {most:.2g}, {LARGEST_SHIFT} of the run's standard deviation"
-    if met is None and most > 0:
+    if met is None and most > 0 and math.isfinite(high - low):
         bound += f"; to tell takes about {math.ceil(row.n * ((high - low) / 2 / most) ** 2):,} prompts"
     return replace(row, bound=bound, met=met)
 

@@ -63,6 +63,7 @@ def prompt_section(policy: LanguagePolicy, saved: Mapping[str, Any], example: st
         "",
         *(f"    {line}" for line in example.splitlines()),
         "",
-        f"The reply ends with {policy.renderer.tokenizer.convert_ids_to_tokens(policy.renderer.close_id)!r}.",
+        f"The reply ends with {policy.renderer.tokenizer.convert_ids_to_tokens(policy.renderer.close_id)!r}, or after "
+        f"{policy.decoding.max_new_tokens} tokens.",
         *([] if stock is None else ["", f"The stock chat template prints different text: {stock}."]),
     ]

@@ -128,3 +128,14 @@ def samples_alike(row: Row) -> Row:
         return row
     mean, low, high = row.difference
     return replace(row, bound="difference within twice its interval of 0", met=abs(mean) <= high - low)
+
+
+def formula(decoding: DecodingConfig) -> str:
+    """Return the distribution that these settings play, without its temperature, in one line."""
+    guidance, filters = "", ["support", "top_k", "top_p", "min_p"]
+    if decoding.beta != 0:
+        advantage = "Q" if decoding.clip is None else f"min(Q − V, {decoding.clip:g})"
+        guidance = f" + {decoding.beta:g} · {advantage} ({decoding.q_reduce} of the Q heads)"
+        filters.insert(1, "candidates")
+    left = [f"{name} {value:g}" for name in filters if (value := getattr(decoding, name))]
+    return f"log π{guidance}" + (f" on the tokens that {', '.join(left)} leave" if left else "")

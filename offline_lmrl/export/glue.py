@@ -1,6 +1,5 @@
 """`generate` of transformers by the formula above, with the heads and settings of the run in heads.safetensors."""
 
-import bisect
 import copy
 import json
 import threading
@@ -13,7 +12,8 @@ from transformers.utils import cached_file
 
 from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
 
-NO_FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+FIXED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "return_dict_in_generate": True}
+ASSISTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 SEEN = threading.local()  # .hidden: the decoder's latest output in this thread, (B, T, d)
 
 
@@ -45,8 +45,9 @@ class Heads:
     def insert(self, ids, mask, ask):
         """Insert the ids that request a return before each agent turn of the prompts (B, S); return ids and mask."""
         opening, past, rows = self.run["opening"], self.run["past_opening"], []
-        request = self.run["requests"][0 if ask is None else 1 + bisect.bisect(self.run["edges"], ask)]
-        for row in (row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)):
+        request = self.run["requests"][0 if ask is None else 1 + sum(edge <= ask for edge in self.run["edges"])]
+        kept = ids >= 0 if mask is None else mask.bool()
+        for row in (row[own].tolist() for row, own in zip(ids, kept, strict=True)):
             last = len(row) - len(opening)
             if row[last:] != opening:
                 raise ValueError("found a prompt without the agent's opening at its end: use add_generation_prompt")
@@ -56,28 +57,27 @@ class Heads:
 
 
 def generate(inputs=None, generation_config=None, logits_processor=None, *, model, beta=None, ask=None, **arguments):
-    """As `generate` of the class. beta: a number, or one per prompt (B,). ask: a return, "max", or "p0" to "p100"."""
+    """As `generate` of the class. beta: a number, or B of them. ask: a return, "max", or "p0" to "p100"."""
     heads = model.guidance_heads = vars(model).get("guidance_heads") or Heads(model)
     run, config = heads.run, copy.deepcopy(generation_config) or GenerationConfig()
     arguments = {"input_ids": inputs} | config.update(**arguments)  # those that are not in the config
-    known = (run, vars(model.generation_config), vars(config))  # the last one counts
-    found = {name: value for one in known for name, value in one.items() if value is not None}
-    if found.get("num_beams", 1) > 1 or found.get("prompt_lookup_num_tokens") or arguments.get("assistant_model"):
+    found = {k: x for p in (run, vars(model.generation_config), vars(config)) for k, x in p.items() if x is not None}
+    if found.get("num_beams", 1) > 1 or any(map((found | arguments).get, ASSISTED)):
         raise ValueError("found beams or assisted decoding, expected greedy decoding or sampling")
     beta, copies = found["beta"] if beta is None else beta, found.get("num_return_sequences", 1)
-    beta = beta.repeat_interleave(copies).view(-1, 1) if isinstance(beta, torch.Tensor) else beta
-    filters = {name: found.get(name) or None for name in ("top_k", "top_p", "min_p")}
+    each = torch.as_tensor(beta, device=model.device).repeat_interleave(copies).view(-1, 1)
+    beta = beta if isinstance(beta, int | float) else each
     temperature = found.get("temperature", 1.0) if found.get("do_sample") else 0.0
-    form = Form(temperature=temperature, beta=beta, **filters, **run["form"])  # `generate` itself then filters nothing
-    config.update(**NO_FILTERS, do_sample=temperature > 0, disable_compile=True, return_dict_in_generate=True)
-    if found["stop_strings"]:
-        tokenizer = arguments.get("tokenizer") or AutoTokenizer.from_pretrained(heads.folder)
-        config.stop_strings, arguments["tokenizer"] = found["stop_strings"], tokenizer
+    form = Form(temperature, *(found.get(x) or None for x in ("top_k", "top_p", "min_p")), beta=beta, **run["form"])
+    config.update(**FIXED, do_sample=temperature > 0, disable_compile=True, stop_strings=found["stop_strings"] or None)
+    if config.stop_strings:
+        arguments["tokenizer"] = arguments.get("tokenizer") or AutoTokenizer.from_pretrained(heads.folder)
     ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    ask = run.get("ask") if ask is None else run.get("quantiles", {}).get(ask, ask)
+    if isinstance(ask, str) or (ask is not None and not run["requests"]):
+        raise ValueError(f"found ask {ask!r}, expected a number, max or p0 to p100; none for a run without returns")
     if run["requests"]:
-        ask = run["quantiles"].get(ask, ask) if ask is not None else run["ask"]
-        inserted = heads.insert(ids, torch.ones_like(ids) if mask is None else mask, ask)
-        arguments["input_ids"], arguments["attention_mask"] = inserted
+        arguments |= zip(("input_ids", "attention_mask"), heads.insert(ids, mask, ask), strict=True)
 
     def guide(_, scores):
         hidden = SEEN.hidden[:, -1].to(scores.device)

@@ -31,10 +31,9 @@ from transformers import (
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import TERMS, Form
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError
 from offline_lmrl.export.beside import Row
 from offline_lmrl.export.distill import (
-    MEASURED,
     Distillation,
     bounded_distilled,
     distil,
@@ -43,9 +42,9 @@ from offline_lmrl.export.distill import (
     plain_decoding,
 )
 from offline_lmrl.export.folder import EXAMPLE, prompt_section, set_generation, tokenizer_of
-from offline_lmrl.export.forms import Request, Written, samples_alike
+from offline_lmrl.export.forms import Request, Written, formula, samples_alike
 from offline_lmrl.export.playing import GeneratePlayer
-from offline_lmrl.export.prompts import HeldOut, data_of_run, encode_prompts, find_prompts
+from offline_lmrl.export.prompts import data_of_run, encode_prompts
 from offline_lmrl.export.returns import add_return_tokens, return_names
 from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
@@ -91,13 +90,15 @@ def _lines(decoding: DecodingConfig, returns: Sequence[str], readable: bool, how
     """
     line = "plays: the policy without value guidance"
     if decoding.beta != 0:
-        line = f"plays: log π + {decoding.beta:g} · Q, {decoding.q_reduce} of the Q heads, {how}"
+        line = f"plays: {formula(decoding)}, {how}"
     if returns:
         line += f"; {returns[1]} to {returns[-1]} request a return, {returns[0]} requests none"
     lines = [line, exact]
     if decoding.stop:
         texts = " or ".join(map(repr, decoding.stop))
         lines.append(f"the run also ends a reply before {texts}: set these stop texts in the engine")
+    if decoding.temperature == 0:
+        lines.append("the run decodes greedily: engines that do not read do_sample need temperature 0")
     if not readable:
         lines.append("the tokenizer reads the example prompt differently from training: send token ids, not text")
     return lines
@@ -122,7 +123,7 @@ class Plain(Distillation):
 
     def check(self, request: Request) -> None:
         """Check, from the run's settings and data, that a plain checkpoint can hold the run's policy."""
-        _check_exportable(request.saved, request.decoding, request.changes.get("ask"))
+        _check_exportable(request.saved, request.decoding)
         misfit, remedy = _misfit(request.saved, request.decoding)
         if misfit:
             try:
@@ -152,14 +153,13 @@ class Plain(Distillation):
         saved, decoding = request.saved, request.decoding
         tokenizer = tokenizer_of(policy.renderer)
         logged = logged_texts(policy, data_of_run(request.run, ("train",))[1], self.prompts)
-        prompts = find_prompts(request.run, HeldOut(n=MEASURED))
         model = distil(policy, logged, self)
         set_generation(model, policy.renderer.close_id, _drawing(plain_decoding(decoding)))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         example, readable = _example(policy, saved, tokenizer, ())
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(policy.model.device).eval()
-        ids = [prompt.asked for prompt in encode_prompts(policy, prompts.histories, None)]
+        ids = [prompt.asked for prompt in encode_prompts(policy, request.prompts, None)]
         rows = measure(policy, exported, ids)
         how = f"distilled into the weights in {self.steps} steps, because it does not fold exactly"
         lines = _lines(decoding, (), readable, how, f"near: KL(run ‖ export) is {rows[0].export:.3g} nats per token")
@@ -229,18 +229,14 @@ def _is_distilled(policy: LanguagePolicy, request: Request) -> bool:
     return False
 
 
-def _check_exportable(saved: Mapping[str, Any], decoding: DecodingConfig, ask: float | str | None) -> None:
+def _check_exportable(saved: Mapping[str, Any], decoding: DecodingConfig) -> None:
     """Check, from the run's settings only, that a plain checkpoint can hold the run's policy.
 
     Args:
       saved: the run metadata: the settings saved with the model.
       decoding: the decoding settings to reproduce.
-      ask: the requested return that the caller of `export_run` gave, a number or a name; None = the caller gave no
-        `ask`.
     Raises: InputError that names the setting.
     """
-    if ask is not None and "returns" not in saved:
-        raise InputError(f"ask: found {shown(ask)}, expected none: this model was not trained with returns")
     if decoding.condition_scale != 0:
         raise InputError(
             f"condition_scale: found {decoding.condition_scale:g}, expected 0: guidance by returns reads each prompt "
@@ -254,9 +250,6 @@ def _check_exportable(saved: Mapping[str, Any], decoding: DecodingConfig, ask: f
                 "before you serve it"
             )
         return
-    heads = saved.get("value_heads")
-    if heads is None:
-        raise InputError(f"beta: found {decoding.beta:g}, expected 0: this run has no value heads")
     if "returns" in saved:
         raise InputError(
             f"beta: found {decoding.beta:g} on a return-conditioned model, expected 0: Q is computed without a "

@@ -70,7 +70,10 @@ def find_prompts(run: str | Path, held_out: HeldOut) -> Prompts:
         contexts = read_prompts(source)
     else:
         source, contexts = "prompts of the caller", held_out.prompts
-    return Prompts(source, _chosen(contexts, held_out.n))
+    chosen = _chosen(contexts, held_out.n)
+    if not chosen:
+        raise InputError(f"prompts: found none in {source}; {REMEDY}")
+    return Prompts(source, chosen)
 
 
 def _of_config(run: Path) -> tuple[str, Iterable[Sequence[Turn]]]:

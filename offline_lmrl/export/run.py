@@ -14,7 +14,7 @@ import torch
 
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.export.beside import Beside, RunPlayer, Trial, play
 from offline_lmrl.export.forms import ExportForm, Request, Written, make_form
 from offline_lmrl.export.prompts import HeldOut, encode_prompts, find_prompts
@@ -58,11 +58,11 @@ def export_run(
       output: folder to write, which must not exist yet.
       to: the form: a key of FORMS, or an object of one of its classes, with other settings.
       held_out: what run and export reply to; None = its defaults.
-      force: write an export that misses a bound, or that cannot be played here, too.
+      force: write an export too that misses a bound, that too few prompts judge, or that cannot be played here.
       device: device for the models; None = the first accelerator, else the CPU.
       changes: DecodingConfig fields that replace those saved with the run.
     Raises: InputError if `run` is not a run of a policy, `output` exists, the form cannot hold the run, there are no
-      prompts, or a bound is missed; nothing is written then.
+      prompts, or a bound is missed or cannot be told; nothing is written then.
     """
     output = Path(output)
     if output.exists():
@@ -71,7 +71,7 @@ def export_run(
     saved = saved_run_metadata(run)
     decoding = DecodingConfig.from_dict({**(saved.get("decoding") or {}), **changes})
     request = Request(Path(run), output, saved, decoding, changes, device=device, force=force)
-    _require_policy(request)
+    _check_run(request)
     form.check(request)
     held_out = held_out or HeldOut()
     prompts = find_prompts(run, held_out)
@@ -100,23 +100,32 @@ def export_run(
     return Export(output, decoding, written, beside)
 
 
-def _require_policy(request: Request) -> None:
-    """Check that there is a run of a policy, and that a requested return is one that it can be given."""
+def _check_run(request: Request) -> None:
+    """Check that there is a run of a policy, which has what guidance and a requested return need."""
     algorithm = request.saved.get("algorithm")
     if algorithm in (None, "reward_model"):
         found = "a model that no run of this project wrote" if algorithm is None else "a reward model"
         raise InputError(f"run: found {found} in {request.run}, expected the run of a policy")
+    if (ask := request.changes.get("ask")) is not None and "returns" not in request.saved:
+        raise InputError(f"ask: found {shown(ask)}, expected none: this model was not trained with returns")
+    if request.decoding.beta != 0 and request.saved.get("value_heads") is None:
+        raise InputError(f"beta: found {request.decoding.beta:g}, expected 0: this run has no value heads")
 
 
 def _require_bounds(beside: Beside, force: bool) -> None:
-    if beside.missed and not force:
-        found = "; ".join(f"{row.name} {row.export:.4g}, expected {row.bound}" for row in beside.missed)
-        raise InputError(f"export: found {found}: nothing is written; --force writes it all the same")
+    if beside.unmet and not force:
+        found = "; ".join(f"{row.found}, expected {row.bound}" for row in beside.unmet)
+        undecided = any(row.met is None for row in beside.unmet)
+        remedy = "give more prompts (--prompts FILE, --n NUMBER); " if undecided else ""
+        raise InputError(f"export: found {found}: nothing is written; {remedy}--force writes it all the same")
 
 
 def _write_card(folder: Path, written: Written, beside: Beside, decoding: DecodingConfig) -> None:
-    missed = "It was not played" if beside.prompts == 0 else "It misses a bound" if beside.missed else None
-    warning = [f"**{missed}, and was written by force.**", ""] if missed else []
+    wrong = "It was not played" if beside.prompts == 0 else None
+    if beside.unmet:
+        missed = any(row.met is False for row in beside.unmet)
+        wrong = "It misses a bound" if missed else "Too few prompts tell whether it meets its bounds"
+    warning = [f"**{wrong}, and was written by force.**", ""] if wrong else []
     card = [*written.card, "", "## Beside the run", "", *warning, *beside.markdown()]
     (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
     numbers = {"decoding": decoding.to_dict(), "lines": list(written.lines), **beside.to_dict()}

@@ -28,11 +28,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from offline_lmrl.decoding import distribution
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError
 from offline_lmrl.export import glue
 from offline_lmrl.export.beside import Row, RunPlayer
 from offline_lmrl.export.folder import set_generation, tokenizer_of
-from offline_lmrl.export.forms import Request, Written, samples_alike
+from offline_lmrl.export.forms import Request, Written, formula, samples_alike
 from offline_lmrl.export.playing import GeneratePlayer
 from offline_lmrl.export.prompts import encode_prompts, requested_return
 from offline_lmrl.export.returns import add_return_tokens, without_requests
@@ -58,12 +58,8 @@ class Transformers:
 
         Raises: InputError that names the setting.
         """
-        saved, decoding, ask = request.saved, request.decoding, request.changes.get("ask")
-        if decoding.beta != 0 and saved.get("value_heads") is None:
-            raise InputError(f"beta: found {decoding.beta:g}, expected 0: this run has no value heads")
+        saved, decoding = request.saved, request.decoding
         if "returns" not in saved:
-            if ask is not None:
-                raise InputError(f"ask: found {shown(ask)}, expected none: this model was not trained with returns")
             return
         for name in ("condition_scale", "beta"):
             if getattr(decoding, name) != 0:
@@ -252,11 +248,7 @@ def _body(policy: LanguagePolicy, history: Sequence[Turn]) -> dict[str, Any] | N
 
 
 def _lines(decoding: DecodingConfig, probe: Probe | None) -> list[str]:
-    names = ("support", "top_k", "top_p", "min_p")
-    filters = [f"{name} {value:g}" for name in names if (value := getattr(decoding, name))]
-    first = "plays: log π" + (f" filtered by {', '.join(filters)}" if filters else "")
-    if decoding.beta != 0:
-        first += f" + {decoding.beta:g} · {decoding.q_reduce} Q"
+    first = f"plays: {formula(decoding)}"
     if decoding.ask is not None:
         first += f", with the return {decoding.ask} requested"
     how = "greedily" if decoding.temperature == 0 else f"at temperature {decoding.temperature:g}"

@@ -25,7 +25,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError, listed
 from offline_lmrl.export.beside import Row
 from offline_lmrl.export.folder import EXAMPLE, prompt_section, set_generation, tokenizer_of
-from offline_lmrl.export.forms import Request, Written, samples_alike
+from offline_lmrl.export.forms import Request, Written, formula, samples_alike
 from offline_lmrl.export.vllm_guidance import ARCHITECTURES, PREFIX
 from offline_lmrl.models.plain import merged
 from offline_lmrl.models.value_heads import TiedQ
@@ -82,6 +82,8 @@ class VLLM:
         if decoding.stop:
             texts = " or ".join(map(repr, decoding.stop))
             lines.append(f"the run also ends a reply before {texts}: send these as stop texts")
+        if decoding.temperature == 0:
+            lines.append("the run decodes greedily: send temperature 0, for which vLLM has no default in a folder")
         card = [
             f"# {policy.model.config.model_type}, trained by offline RL from logs, for vLLM",
             "",
@@ -119,15 +121,6 @@ class VLLM:
         return samples_alike(row)
 
 
-def formula(decoding: DecodingConfig) -> str:
-    """Return what guided decoding with these settings plays, in one line."""
-    advantage = "Q" if decoding.clip is None else f"min(Q − V, {decoding.clip:g})"
-    filters = ("support", "candidates", "top_k", "top_p", "min_p")
-    left = [f"{name} {value:g}" for name in filters if (value := getattr(decoding, name))]
-    where = f" on the tokens that {', '.join(left)} leave" if left else ""
-    return f"log π + {decoding.beta:g} · {advantage} ({decoding.q_reduce} of the Q heads){where}"
-
-
 def check_vllm(saved: Mapping[str, Any], decoding: DecodingConfig) -> None:
     """Check, from a run's settings only, that vLLM can play it.
 
@@ -140,8 +133,6 @@ def check_vllm(saved: Mapping[str, Any], decoding: DecodingConfig) -> None:
         raise InputError("run: found a return-conditioned run, expected one without requested returns for --to vllm")
     if decoding.beta == 0:
         raise InputError("beta: found 0, expected another number: vLLM plays a run without guidance as --to plain")
-    if saved.get("value_heads") is None:
-        raise InputError(f"beta: found {decoding.beta:g}, expected 0: this run has no value heads")
 
 
 def write_vllm(model: PreTrainedModel, decoding: DecodingConfig, close_id: int, folder: Path) -> str:

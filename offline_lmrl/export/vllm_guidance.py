@@ -21,6 +21,7 @@ from offline_lmrl.decoding.config import check_numbers
 from offline_lmrl.decoding.distribution import Form, ModelOutputs, divisor, next_token
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.models.value_heads import Q_HEADS, ScalarHead, TiedQ, ValueHeadsConfig
+from offline_lmrl.settings import nearest
 
 # The classes of vLLM that were tried. They end in one layer that maps the decoder's last hidden states to logits.
 ARCHITECTURES = (
@@ -80,9 +81,14 @@ def request_form(stored: Form, request: Request) -> Form:
 def check_request(request: Request) -> None:
     """Check that vLLM plays a request as the run would.
 
-    Raises: InputError if a setting in `extra_args` is out of range, or if a guided request uses what vLLM would apply
-      after guidance. A request with beta 0 is not guided and may use all of vLLM.
+    Raises: InputError if a setting in `extra_args` is out of range, one of the folder's alone, or misspelt, or if a
+      guided request uses what vLLM would apply after guidance. A request with beta 0 is not guided and may use all of
+      vLLM. Other names in `extra_args` are those of other plugins.
     """
+    for name in set(request.extra_args or ()) - set(OF_REQUESTS):
+        near = nearest(name, OF_REQUESTS)
+        if near or name in Form.__dataclass_fields__:
+            raise InputError(f"{name}: found it in extra_args, expected {' or '.join(OF_REQUESTS)}{near}")
     # What is stored is not known here, but it has a β other than 0 (`check_vllm`), so any other number serves.
     if request_form(Form(beta=1.0), request).beta == 0:
         if unused := sorted(set(OF_REQUESTS[1:]) & set(request.extra_args)):

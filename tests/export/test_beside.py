@@ -10,12 +10,14 @@ from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.export import beside
-from offline_lmrl.export.beside import Replies, Row, Trial
+from offline_lmrl.export.beside import Beside, Replies, Row, Trial
 from offline_lmrl.export.forms import FORMS, make_form, samples_alike
 from offline_lmrl.export.plain import Plain
 from offline_lmrl.export.playing import GeneratePlayer, until_end
 from offline_lmrl.export.prompts import HeldOut, Prompts, encode_prompts, find_prompts
-from offline_lmrl.export.run import export_run
+from offline_lmrl.export.run import _require_bounds, export_run
+from offline_lmrl.models.step_outputs import compute_step_outputs
+from offline_lmrl.tokens.batching import token_rows
 from tests.export.test_plain import HISTORY, PROMPTS, told_run, valued_run
 
 
@@ -58,6 +60,7 @@ def test_prompts_are_the_contexts_of_the_validation_data_else_of_the_training_da
             None,
             r"prompts: the run's data.train cannot be read .*give --prompts FILE",
         ),
+        (None, [], "prompts: found none in prompts of the caller; give --prompts FILE"),
         (None, "gone.txt", "prompts: found no file gone.txt, expected one; give --prompts FILE"),
     ],
 )
@@ -92,6 +95,33 @@ def test_equal_replies_are_identical_and_others_are_judged_by_the_first_differen
     assert shorter.met is False and "up to inf" in shorter.bound
     monkeypatch.setattr(beside, "LARGEST_GAP", 1e9)
     assert trial.identical([best, *rest], [[best[0], best[1] + 1], *rest]).met  # rounding may choose the second best
+
+
+def test_a_reply_that_parts_at_a_near_tie_has_to_take_one_of_the_near_tokens(trial, monkeypatch):
+    ids, greedy = trial.ids[0].asked, trial.greedy
+    found = compute_step_outputs(
+        trial.policy.model,
+        token_rows([ids], [[len(ids) - 1]]),
+        measure=lambda states: {"log_prob": states.distribution(greedy)},
+    )
+    log_prob = found.measured["log_prob"][0]
+    best, second, third = log_prob.argsort()[::-1][:3].tolist()
+    monkeypatch.setattr(beside, "LARGEST_GAP", float(log_prob[best] - log_prob[[second, third]].mean()))
+    rest = [[3], [4]]
+    assert trial.identical([[best], *rest], [[second], *rest]).met
+    assert trial.identical([[best], *rest], [[third], *rest]).met is False
+
+
+def test_a_bound_that_too_few_prompts_judge_needs_force_or_more_of_them():
+    undecided = Row(beside.REWARD, 0.5, 0.6, (0.1, -0.2, 0.4), 1.0, 50, "difference within ± 0.05")
+    free = replace(undecided, bound="")
+    found = (
+        r"^export: found reward with export − run \+0.1 \[-0.2, \+0.4\], expected difference within ± 0.05: nothing "
+    )
+    with pytest.raises(InputError, match=found + "is written; give more prompts .*--n NUMBER.*; --force"):
+        _require_bounds(Beside("prompts", 50, [free, undecided]), force=False)
+    _require_bounds(Beside("prompts", 50, [free, undecided]), force=True)
+    _require_bounds(Beside("prompts", 50, [free, replace(undecided, met=True)]), force=False)
 
 
 def test_measures_are_means_over_prompts_of_what_the_run_says(trial):

@@ -15,7 +15,7 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.export import distill
 from offline_lmrl.export import plain as plain_form
-from offline_lmrl.export.beside import IDENTICAL, LOG_PROB, Q_PER_TOKEN, Row
+from offline_lmrl.export.beside import IDENTICAL, LOG_PROB, Q_PER_TOKEN, REWARD, Row
 from offline_lmrl.export.distill import _batch, bounded_distilled, distil, divergence, logged_texts
 from offline_lmrl.export.plain import Plain
 from offline_lmrl.export.prompts import HeldOut
@@ -154,13 +154,18 @@ def test_guidance_is_distilled_within_its_bounds(tmp_path, capsys):
 
 
 def test_sampled_rewards_and_q_are_bounded_by_the_spread_of_the_run():
-    def met(low, high, n=50):
-        return bounded_distilled(Row(Q_PER_TOKEN, 1.0, 1.0, ((low + high) / 2, low, high), 1.0, n))
+    def met(low, high, name=REWARD, n=50):
+        return bounded_distilled(Row(name, 1.0, 1.0, ((low + high) / 2, low, high), 1.0, n))
 
-    assert met(-0.04, 0.05).met is True
-    assert met(0.06, 0.3).met is False
+    for name in (REWARD, Q_PER_TOKEN):
+        assert met(-0.04, 0.05, name).met is True
+        assert met(0.06, 0.3, name).met is False
     wide = met(-0.1, 0.1)
     assert wide.met is None and wide.bound.endswith("to tell takes about 200 prompts")  # half the width twice
+    assert wide.cells()[-1] == "UNDECIDED"
+    unknown = met(-math.inf, math.inf, n=1)
+    assert unknown.met is None and unknown.bound.endswith("standard deviation")
+    assert met(-0.1, 0.1, Q_PER_TOKEN).bound == ""  # the expected Q per token decides
     assert bounded_distilled(Row("tokens per reply", 1.0, 2.0)) == Row("tokens per reply", 1.0, 2.0)
 
 

@@ -472,7 +472,7 @@ def test_the_command_prints_the_report_and_the_folder_or_one_line_about_what_is_
     words = ["--q_reduce", "mean", "--beta", "2", "--max_new_tokens", "6", "--prompts", str(tmp_path / "prompts.txt")]
     assert main(["export", str(run), "--output", output, *words]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "plays: log π + 2 · Q, mean of the Q heads, folded into the LM head"
+    assert lines[0] == "plays: log π + 2 · Q (mean of the Q heads), folded into the LM head"
     assert lines[1].startswith("exact: ") and lines[-1] == output
     (row,) = [line for line in lines if line.startswith(" identical greedy replies")]
     assert row.split()[3] == "1" and row.endswith(" met")

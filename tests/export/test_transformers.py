@@ -106,7 +106,8 @@ def test_greedy_replies_are_those_of_the_run(tmp_path, family, kind):
 def test_beta_is_an_argument_for_all_prompts_or_one_for_each(tied):
     assert tied.generated(beta=-2.0) == tied.replies(beta=-2.0) != tied.replies()
     expected = [tied.replies(beta=beta)[i] for i, beta in enumerate((0.0, 1.5, -2.0))]
-    assert tied.generated(beta=torch.tensor([0.0, 1.5, -2.0])) == expected
+    assert tied.generated(beta=torch.tensor([0.0, 1.5, -2.0])) == expected == tied.generated(beta=[0, 1.5, -2])
+    assert tied.generated(beta=None) == tied.replies()
     twice = tied.generated(
         beta=torch.tensor([0.0, 1.5, -2.0]), num_return_sequences=2, do_sample=True, temperature=1e-6
     )
@@ -204,6 +205,14 @@ def test_stop_texts_end_a_reply_without_a_tokenizer_and_those_of_a_request_repla
     assert len(found.base.generate(ids, do_sample=False)) == 1  # the stock class needs no tokenizer for it
 
 
+def test_a_prompt_may_be_embeddings_and_an_ask_needs_a_run_with_returns(tied):
+    ids = torch.tensor([tied.prompts()[0]])
+    read = {"inputs_embeds": tied.model.get_input_embeddings()(ids), "attention_mask": torch.ones_like(ids)}
+    assert tied.model.generate(**read, do_sample=False)[0].tolist() == tied.replies()[0]
+    with pytest.raises(ValueError, match="found ask 3, .*; none for a run without returns"):
+        tied.model.generate(ids, ask=3)
+
+
 def test_a_streamer_gets_each_token(tied):
     class Recorder:
         def __init__(self):
@@ -221,7 +230,7 @@ def test_a_streamer_gets_each_token(tied):
     assert [len(part) for part in recorder.parts[1:]] == [1] * (len(recorder.parts) - 1)
 
 
-@pytest.mark.parametrize("given", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+@pytest.mark.parametrize("given", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1}])
 def test_what_scores_tokens_otherwise_is_refused(tied, given):
     with pytest.raises(ValueError, match="found beams or assisted decoding, expected greedy"):
         tied.generated(**given)
@@ -275,6 +284,8 @@ def test_a_requested_return_is_inserted_before_each_agent_turn(tmp_path, text):
     ids = found.batch()["input_ids"]
     out = found.model.generate(**found.batch(), do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences[:, : ids.shape[1]], ids)  # the caller's prompts, without the inserted ids
+    with pytest.raises(ValueError, match="found ask 'best', expected a number, max or p0 to p100"):
+        found.generated(ask="best")
     with pytest.raises(ValueError, match="without the agent's opening at its end: use add_generation_prompt"):
         found.model.generate(ids[:, :-1])
 
@@ -327,7 +338,9 @@ def test_the_command_prints_how_to_serve_and_a_probe_that_tells(tmp_path, capsys
     assert main(["export", str(run), "--to", "transformers", "--output", str(output), "--prompts",
                  str(tmp_path / "prompts.txt")]) == 0  # fmt: skip
     out = capsys.readouterr().out
-    assert out.startswith("plays: log π filtered by support 0.1 + 1.5 · min Q, at temperature 1\n")
+    assert out.startswith(
+        "plays: log π + 1.5 · Q (min of the Q heads) on the tokens that support 0.1 leave, at temperature 1\n"
+    )
     assert f"play: transformers serve {output} --trust-remote-code" in out
     card = (output / "README.md").read_text()
     assert "with `--continuous-batching`, the base model replies, without any error" in card and "| met |" in card

@@ -27,7 +27,7 @@ from offline_lmrl.export.vllm_guidance import (
     stored_form,
 )
 from offline_lmrl.models.value_heads import ValueHeadsConfig
-from tests.export.test_plain import PROMPTS, SPECS, valued_run
+from tests.export.test_plain import PROMPTS, SPECS, told_run, valued_run
 from tests.tiny_models import VOCABULARY, WIDTH, guided_model
 
 KINDS = ("tied", "linear", "mlp")
@@ -83,6 +83,10 @@ def test_a_request_changes_the_stored_form_by_its_temperature_and_its_own_settin
         ({"extra": {"support": 1.5}}, "support: found 1.5, expected a share from 0 to 1"),
         ({"extra": {"top_p": 0}}, "top_p: found 0, "),
         ({"extra": {"top_k": 2.5}}, "top_k: found 2.5, expected a whole number"),
+        ({"extra": {"beta": None}}, "beta: found None, expected a finite number"),
+        ({"extra": {"beta": [1, 2]}}, "beta: found .1, 2., expected a finite number"),
+        ({"extra": {"betta": 8}}, "betta: found it in extra_args, expected beta or .*; did you mean 'beta'"),
+        ({"extra": {"clip": 0.3}}, "clip: found it in extra_args, expected beta or support"),
         ({"extra": {"beta": 0, "top_p": 0.5}}, "top_p: found it in extra_args with beta 0"),
     ],
 )
@@ -98,6 +102,7 @@ def test_a_request_that_vllm_would_play_otherwise_is_refused(changes, message):
         {"top_k": -1},
         {"temperature": 0.0, "top_p": 0.9, "top_k": 50},
         {"extra": {"beta": 3, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "support": 0.0}},
+        {"extra": {"kv_transfer_params": {"a": 1}}},
         {"extra": {"beta": 0}, "top_p": 0.9, "top_k": 50, "min_p": 0.1, "repetition_penalty": 1.2},
     ],
 )
@@ -233,8 +238,11 @@ def test_what_vllm_cannot_play_is_refused(tmp_path):
     check_vllm(heads, guided)
     with pytest.raises(InputError, match="beta: found 0, .*--to plain"):
         check_vllm(heads, DecodingConfig())
+    plain, valued = told_run(tmp_path / "plain"), valued_run(tmp_path / "valued", beta=2.0)
     with pytest.raises(InputError, match="beta: found 2, expected 0: this run has no value heads"):
-        check_vllm({}, guided)
+        export_run(plain, tmp_path / "out", "vllm", held_out=HeldOut(PROMPTS), force=True, beta=2.0)
+    with pytest.raises(InputError, match="ask: found 3, expected none: this model was not trained with returns"):
+        export_run(valued, tmp_path / "out", "vllm", held_out=HeldOut(PROMPTS), force=True, ask=3)
     with pytest.raises(InputError, match="found a return-conditioned run"):
         check_vllm(heads | {"returns": {}}, guided)
     with pytest.raises(InputError, match="run: found GPTNeoXForCausalLM, expected one of CohereForCausalLM"):
@@ -257,7 +265,9 @@ def test_without_vllm_the_export_is_refused_with_both_ways_out_and_force_writes_
     with pytest.raises(InputError, match="form.python: found gone .No such file.*, expected an interpreter"):
         export_run(run, tmp_path / "out", VLLM(python="gone"), held_out=held_out)
     report = export_run(run, tmp_path / "out", "vllm", held_out=held_out, force=True)
-    assert "The export was not played beside the run" in str(report)
+    assert "\nThe export was not played beside the run\nserve it with:" in str(report)  # without an empty table
+    greedy = export_run(run, tmp_path / "greedy", "vllm", held_out=held_out, force=True, temperature=0.0)
+    assert "the run decodes greedily: send temperature 0" in str(greedy) and "greedily" not in str(report)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "**It was not played, and was written by force.**" in card
     assert f"--model {tmp_path / 'out'} " in card and "<assistant>" in card
