@@ -14,7 +14,6 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.export import distill
-from offline_lmrl.export import plain as plain_form
 from offline_lmrl.export.beside import IDENTICAL, LOG_PROB, Q_PER_TOKEN, REWARD, Row
 from offline_lmrl.export.distill import _batch, bounded_distilled, distil, divergence, logged_texts
 from offline_lmrl.export.plain import Plain
@@ -97,8 +96,7 @@ def test_one_state_is_learnt_as_it_is_played_at_the_temperature(tmp_path, temper
 @pytest.fixture
 def few(monkeypatch):
     """Bounds are measured on a few replies."""
-    for module in (distill, plain_form):
-        monkeypatch.setattr(module, "MEASURED", 8)
+    monkeypatch.setattr(distill, "MEASURED", 8)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
