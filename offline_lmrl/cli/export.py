@@ -13,7 +13,8 @@ from offline_lmrl.settings import REQUIRED, setting
 class ExportConfig:
     """Write a run in a form that plays without this project, after playing it beside the run.
 
-    Run and export reply to the same held-out prompts. Nothing is written if the export misses a bound of its form.
+    Run and export reply to the same held-out prompts. Nothing is written if the export misses a bound of
+    its form, or if the prompts are too few to tell.
     """
 
     run: str = setting(REQUIRED, "Run directory.")
@@ -31,7 +32,7 @@ class ExportConfig:
     )
     n: int = setting(50, "Largest number of prompts.")
     scorer: str | None = setting(None, "Scorer that rewards the replies, as in `relabel`; null = no rewards.")
-    force: bool = setting(False, "Write an export that misses a bound, or that cannot be played here, too.")
+    force: bool = setting(False, "Write an export too that misses a bound, that too few prompts judge, or that cannot be played here.")
     device: str | None = setting(
         None, "Device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU."
     )
