@@ -54,7 +54,7 @@ class EvaluationConfig:
     offline_rows: int = setting(
         200,
         "Validation rows on which β is chosen offline: the one with the largest realised advantage "
-        "less half its standard error, whose replies are not broken more often; see "
+        "less half its standard error, whose replies are not repeated, unfinished or empty more often; see "
         "`offline-lmrl evaluate logs --help`.",
     )
     selection: SelectionConfig | None = setting(

@@ -12,14 +12,15 @@ replies show what a choice does to text beyond the states of the logs. How much 
 rule keeps is measured in configs/guides/choosing_beta.md.
 """
 
+import math
 from collections.abc import Sequence
 
 from offline_lmrl.evaluation.choices import ChoiceRow
 
 MORE_BROKEN = 0.05  # a share of replies
 RULE = (
-    f"the largest realised advantage less half its standard error, among choices with at most {MORE_BROKEN:.0%} more "
-    "repeated, unfinished or empty replies than β 0; β 0 if none is above 0"
+    "the largest realised advantage less half its standard error, among choices of whose replies at most "
+    f"{100 * MORE_BROKEN:.0f} in 100 more are repeated, unfinished or empty than with β 0; β 0 if none is above 0"
 )
 
 
@@ -30,7 +31,8 @@ def choose(rows: Sequence[ChoiceRow]) -> ChoiceRow:
       rows: `ChoiceTable.rows`; the first is the plain policy's.
     """
     plain = rows[0]
-    fluent = [row for row in rows[1:] if _is_fluent(row, plain) and row.realised is not None]
+    known = [row for row in rows[1:] if row.realised is not None and math.isfinite(cautious(row))]
+    fluent = [row for row in known if _is_fluent(row, plain)]
     best = max(fluent, key=cautious, default=plain)  # of equals, the first
     return best if best is not plain and cautious(best) > 0 else plain
 
@@ -42,4 +44,4 @@ def cautious(row: ChoiceRow) -> float:
 
 def _is_fluent(row: ChoiceRow, plain: ChoiceRow) -> bool:
     pairs = ((row.repeated, plain.repeated), (row.unfinished, plain.unfinished), (row.empty, plain.empty))
-    return all(share <= usual + MORE_BROKEN for share, usual in pairs)
+    return all(round(share - usual, 9) <= MORE_BROKEN for share, usual in pairs)
