@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.asks import ReturnRequests
-from offline_lmrl.decoding.batch import Request
+from offline_lmrl.decoding.batch import FAILED, Request
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import reduce_q, support_filter
@@ -201,11 +201,18 @@ class LanguagePolicy:
     def stream(
         self, dialogue: str | Sequence[Turn | Mapping[str, Any]], seed: int = 0, **changes: Any
     ) -> Iterator[str]:
-        """Yield the reply to a dialogue in pieces of text, as soon as each is final; arguments as for `request`."""
+        """Yield the reply to a dialogue in pieces of text, as soon as each is final; arguments as for `request`.
+
+        Raises: InputError as `request` does, and if a probability is not a number.
+        """
         loop = SamplingLoop(self.sampler)
         loop.add([self.request(dialogue, seed, **changes)])
         while len(loop):
-            yield from (event.text for event in loop.step() if event.text)
+            for event in loop.step():
+                if event.finished == "failed":
+                    raise InputError(FAILED)
+                if event.text:
+                    yield event.text
 
     def chat(self, dialogue: str | Sequence[Turn | Mapping[str, Any]], seed: int = 0, **changes: Any) -> str:
         """Return the reply to a dialogue; arguments as for `request`."""
