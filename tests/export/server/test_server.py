@@ -279,6 +279,9 @@ def test_tokens_and_limits(policy):
         long = [{"role": "user", "content": "hats " * 30}]
         status, _, answer = call(server, body={"messages": long}, **right)
         assert status == 400 and "max_prompt_tokens" in answer["error"]["message"]
+    with running(policy, key="naïve") as server:
+        token = "Bearer naïve".encode().decode("latin-1")  # http.client sends latin-1
+        assert call(server, "/v1/models", method="GET", Authorization=token)[0] == 200
 
 
 def test_a_full_queue_is_answered_429(policy):
@@ -345,6 +348,48 @@ def test_a_failure_of_the_model_ends_its_requests_and_not_the_server(policy, cap
         status, _, answer = call(server, body={"messages": HELLO, "stream": True})
         assert status == 200 and '"type": "server_error"' in answer and "[DONE]" not in answer
         assert idle(server) == (0, 0, 0, 0)
+
+
+def test_an_extreme_setting_of_one_request_does_not_end_the_others(policy, server):
+    expected = [generated(policy, seed=i, max_new_tokens=60)[0] for i in range(3)]
+    with ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(call, server, body={"messages": HELLO, "seed": i, "max_tokens": 60}) for i in range(3)]
+        broken = [{"temperature": 1e-40}, {"clip": -3e38, "beta": 4}, {"clip": -3e38, "stream": True}]
+        found = [pool.submit(call, server, body={"messages": HELLO, **fields}) for fields in broken]
+        for one, status in zip(found, (400, 400, 200), strict=True):
+            answered, _, answer = one.result()
+            assert answered == status and "found probabilities that are not numbers" in json.dumps(answer)
+        assert [one.result()[2]["choices"][0]["message"]["content"] for one in others] == expected
+    assert idle(server) == (0, 0, 0, 0)
+
+
+def test_a_failure_while_a_request_is_given_up_does_not_end_the_thread(policy):
+    with running(policy) as server:
+        worker, given_up = server.service.engine.worker, threading.Event()
+
+        def fail(rows):
+            given_up.set()
+            raise RuntimeError("out of memory")
+
+        step, worker.loop.cancel = worker.loop.step, fail
+        worker.loop.step = lambda: (time.sleep(0.05), step())[1]
+        leave(server, {"messages": HELLO, "max_tokens": 200}, 0.1)
+        assert given_up.wait(10)
+        assert call(server, body={"messages": HELLO})[0] == 200
+        assert idle(server) == (0, 0, 0, 0)
+
+
+def test_a_client_that_leaves_amid_its_body_is_no_failure_of_the_server(policy, tmp_path, caplog):
+    log = tmp_path / "served.jsonl"
+    with running(policy, log=log) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+            connection.sendall("\r\n".join([*head, "Content-Length: 100", "", '{"mess']).encode())
+            time.sleep(0.2)
+        end = time.monotonic() + 10
+        while not log.read_text() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert json.loads(log.read_text())["served"]["status"] == 499 and not caplog.records
 
 
 def test_a_newcomer_gets_its_first_token_within_one_step_of_joining(policy):
