@@ -181,18 +181,16 @@ def measure_choices(
         steps = measure_logs(policy, trajectories, list(dict.fromkeys(one.beta for one in choices)))
     logged = _logged_replies(policy, trajectories, steps)
     asked = _drawn(list({repr((one.group, one.context)): one for one in logged}.values()), prompts)
-    measured = _Measured(policy, asked)
-    fitted = _drawn([one for one in logged if np.isfinite(one.outcome)], MOST_FITTED)
-    held_out = None
-    if fitted and np.ptp([one.outcome for one in fitted]) > 0:
-        features = _features(policy, [one.context for one in fitted], [one.tokens for one in fitted])
-        outcomes = np.array([one.outcome for one in fitted])
-        held_out = HeldOutQ.fit(features, outcomes, [one.group for one in fitted])
-    drawn = []
+    measured, drawn = _Measured(policy, asked), []
     for number, choice in enumerate(choices, start=1):
         drawn.append(measured.replies(choice))
         if progress is not None:
             progress(number * len(asked), len(choices) * len(asked))
+    fitted = _drawn([one for one in logged if np.isfinite(one.outcome)], MOST_FITTED)
+    held_out = None
+    if len({one.outcome for one in fitted}) > 1:
+        outcomes = np.array([one.outcome for one in fitted])
+        held_out = HeldOutQ.fit(measured.logged_features(fitted), outcomes, [one.group for one in fitted])
     shifts = {entry["beta"]: entry for entry in guidance_by_beta(steps, steps.betas)}
     groups = [one.group for one in asked]
     rows = [
@@ -232,6 +230,16 @@ class _Measured:
         return _Replies(
             choice, replies, tokens, log_prob, plain, _features(self.policy, contexts, tokens, self.memory)
         )
+
+    def logged_features(self, logged: Sequence[_LoggedReply]) -> np.ndarray:
+        """Return the features of logged replies, (n, F); of those to the prompts, the contexts are not read again."""
+        own, asked = {}, set(map(id, self.asked))
+        others = [one for one in logged if id(one) not in asked]
+        for part, memory in ((self.asked, self.memory), (others, None)):
+            if part:
+                rows = _features(self.policy, [one.context for one in part], [one.tokens for one in part], memory)
+                own |= {id(one): row for one, row in zip(part, rows, strict=True)}
+        return np.stack([own[id(one)] for one in logged])
 
     def _plain_log_prob(self, replies: Sequence[Reply]) -> np.ndarray:
         """Return the log-probability of each reply, (P,), under the plain policy, which requests no return."""

@@ -151,7 +151,7 @@ def test_numbers_beyond_64_bits_are_refused_from_file_and_command_line(refused, 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("--args.report_to", "tensorboard"), "report_to: found tensorboard, which cannot be used here (Tensor"),
+        (("--args.report_to", "comet_ml"), "report_to: found comet_ml, which cannot be used here (Comet"),
         (("--args.report_to", "paper"), "report_to: found 'paper', expected none, or some of azure_ml, "),
         (("--args.lr_scheduler_kwargs", "{min_lr_rat: 0.1}"), "lr_scheduler_kwargs: found {'min_lr_rat': 0.1} ("),
         (("--args.seed", 2**32), "seed: found 4294967296, expected 0 to 4294967295"),
@@ -269,7 +269,7 @@ def test_rows_longer_than_the_context_are_refused(refused, tmp_path):
         ("args", {"learning_rate": None}, "args.learning_rate: found null, expected a finite number"),
         ("args", 3, "args: found 3, expected a mapping of settings"),
         ("model", {"path": "here"}, "expected exactly one of them"),
-        ("algorithm", "dqn", "algorithm: found 'dqn', expected one of bc, ilql"),
+        ("algorithm", "dqn", "algorithm: found 'dqn', expected one of bc, mc_awbc, ilql"),
         ("algorithm", ["bc"], "algorithm: found ['bc'], expected a name"),
     ],
 )

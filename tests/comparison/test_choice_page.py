@@ -72,3 +72,9 @@ def test_logs_without_rewards_have_a_page_without_a_picture(report, tmp_path):
     text = write_choices(bare, tmp_path, {"run": "r"}).read_text()
     assert "<svg" not in text and "nan" not in text.lower().replace("finance", "") and "–" in text
     assert "no gain is estimated" in str(bare)
+
+
+def test_a_page_without_replies_says_why(report, tmp_path):
+    bare = replace(report, choices=None, chosen=None, no_replies="max_length: found 9, expected at least 70")
+    text = write_choices(bare, tmp_path, {"run": "r"}).read_text()
+    assert "no replies were generated: max_length: found 9" in text and "What each choice does" not in text

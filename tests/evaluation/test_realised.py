@@ -84,13 +84,15 @@ def test_a_request_has_the_log_probs_of_its_own_play():
     assert ask_log_prob(conditioned_policy(condition_scale=1.0), logs, 3.0, steps) is None
 
 
-def row(mean, low, broken=0.0):
-    return SimpleNamespace(realised=None if mean is None else Estimate(mean, low, 2 * mean - low, 9), broken=broken)
+def row(mean, low, **faults):
+    realised = None if mean is None else Estimate(mean, low, 2 * mean - low, 9)
+    return SimpleNamespace(**{"repeated": 0.0, "unfinished": 0.1, "empty": 0.0, "realised": realised} | faults)
 
 
 def test_the_rule_takes_the_best_cautious_advantage_among_fluent_choices():
-    plain, small, large, noisy = row(0.0, 0.0, 0.1), row(1.0, 0.6), row(1.4, 0.8), row(1.5, -1.0)
+    plain, small, large, noisy = row(0.0, 0.0), row(1.0, 0.6), row(1.4, 0.8), row(1.5, -1.0)
     assert choose([plain, small, large, noisy]) is large
-    assert choose([plain, small, row(9.0, 8.0, broken=0.2), row(None, None)]) is small
-    assert choose([plain, small, row(9.0, 8.0, broken=0.15)]).realised.mean == 9.0
+    for fault in ({"repeated": 0.06}, {"unfinished": 0.16}, {"empty": 0.06}):
+        assert choose([plain, small, row(9.0, 8.0, **fault), row(None, None)]) is small
+    assert choose([plain, small, row(9.0, 8.0, unfinished=0.14, empty=0.04)]).realised.mean == 9.0
     assert choose([plain, row(0.2, -0.7)]) is plain and choose([plain]) is plain

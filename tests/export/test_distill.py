@@ -143,12 +143,14 @@ def test_an_export_outside_its_bounds_is_not_written(tmp_path, few):
 
 @pytest.mark.slow
 def test_guidance_is_distilled_within_its_bounds(tmp_path, capsys):
-    run = with_data(valued_run(tmp_path / "run", max_new_tokens=3, **LIKE_FOLDED | {"temperature": 0.7}))
+    words = ["at", "left", "right", "move", "go", "you", "are", "up", "1", "2"]  # an interval needs several prompts
+    rows = [Trajectory((Turn("user", word), Turn("assistant", "go", reward=1.0))) for word in words]
+    run = with_data(valued_run(tmp_path / "run", max_new_tokens=3, **LIKE_FOLDED | {"temperature": 0.7}), rows)
     settings = "{steps: 400, batch_size: 10, learning_rate: 1.0e-2, layers: null, rounds: 4}"
     assert main(["export", str(run), "--output", str(tmp_path / "out"), "--form", settings]) == 0
     out = capsys.readouterr().out
     assert "KL(run ‖ export) per token" in out and "NOT MET" not in out
-    assert distance(run, plain(tmp_path / "out")[0], prompt_of([LOGS[0].turns[0]]), 0.7) < 0.03
+    assert distance(run, plain(tmp_path / "out")[0], prompt_of([rows[0].turns[0]]), 0.7) < 0.03
 
 
 def test_sampled_rewards_and_q_are_bounded_by_the_spread_of_the_run():

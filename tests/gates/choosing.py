@@ -61,7 +61,7 @@ def measure(
                 "episodes": len(scores["report"]),
                 "realised": None if row.realised is None else list(row.realised[:3]),
                 "advantage": None if row.advantage is None else list(row.advantage[:3]),
-                "broken": row.broken,
+                **{name: getattr(row, name) for name in ("broken", "repeated", "unfinished", "empty")},
                 "kl_token": row.kl_token and row.kl_token.mean,
                 "kl_logged": row.kl_logged,
                 "log_prob": row.log_prob and row.log_prob.mean,
@@ -74,7 +74,8 @@ def gains(rows: Sequence[Row]) -> list[Row]:
     """Return, per cell, the gains of the rule and of choosing by returns, in deviations of the plain policy's score.
 
     A gain is the score on the reported episodes minus the plain policy's. Choosing by returns takes the candidate, the
-    plain policy included, with the best score on the selection episodes.
+    plain policy included, with the best score on the selection episodes. `before_gain` is that of what was chosen
+    before this rule: the largest β with KL(guided ‖ π) of at most .3 nats per logged token, or the request p90.
     """
     cells: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -84,19 +85,27 @@ def gains(rows: Sequence[Row]) -> list[Row]:
         plain = next(row for row in group if row["beta"] == PLAIN.beta and row["ask"] is None)
         best = max(group, key=lambda row: row["selection"])
         rule = next(row for row in group if row["chosen"])
+        before = _before(group, plain)
         found.append(
             {
                 **{"task": task, "method": method, "seed": seed, "plain": plain["report"]},
                 **{"rule": _name(rule), "returns": _name(best)},
                 "rule_gain": (rule["report"] - plain["report"]) / plain["sd"],
                 "returns_gain": (best["report"] - plain["report"]) / plain["sd"],
+                "before_gain": (before["report"] - plain["report"]) / plain["sd"],
             }
         )
     return found
 
 
-def kept(cells: Sequence[Row], draws: int = 2000) -> tuple[float, float, float]:
-    """Return Σ gains of the rule / Σ gains of choosing by returns, with a 95 % interval.
+def _before(group: Sequence[Row], plain: Row) -> Row:
+    asked = [row for row in group if row["ask"] == "p90"]
+    within = [row for row in group if (row["kl_logged"] or 0.0) <= 0.3 and row["ask"] is None]
+    return asked[0] if asked else max(within, key=lambda row: row["beta"], default=plain)
+
+
+def kept(cells: Sequence[Row], draws: int = 2000, gain: str = "rule_gain") -> tuple[float, float, float]:
+    """Return Σ gains of the rule (or `gain`) / Σ gains of choosing by returns, with a 95 % interval.
 
     The interval is a percentile bootstrap: tasks are drawn with replacement, and of each drawn task its training seeds
     with all their methods. With few tasks it describes these tasks rather than tasks in general.
@@ -110,14 +119,14 @@ def kept(cells: Sequence[Row], draws: int = 2000) -> tuple[float, float, float]:
         for place in rng.integers(len(tasks), size=len(tasks)):
             seeds = list(tasks[place].values())
             drawn += [cell for seed in rng.integers(len(seeds), size=len(seeds)) for cell in seeds[seed]]
-        ratios.append(_ratio(drawn))
+        ratios.append(_ratio(drawn, gain))
     low, high = np.nanquantile(ratios, [0.025, 0.975])
-    return _ratio(cells), float(low), float(high)
+    return _ratio(cells, gain), float(low), float(high)
 
 
-def _ratio(cells: Sequence[Row]) -> float:
-    rule, returns = (sum(cell[name] for cell in cells) for name in ("rule_gain", "returns_gain"))
-    return rule / returns if returns else float("nan")  # a draw without any gain to keep
+def _ratio(cells: Sequence[Row], gain: str) -> float:
+    found, returns = (sum(cell[name] for cell in cells) for name in (gain, "returns_gain"))
+    return found / returns if returns else float("nan")  # a draw without any gain to keep
 
 
 def _name(row: Row) -> str:

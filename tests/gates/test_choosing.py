@@ -66,10 +66,10 @@ def test_the_rule_keeps_most_of_the_gain(name, tmp_path):
     assert share >= 0.8
 
 
-def row(task, seed, beta, score, selection, chosen, sd=2.0):
+def row(task, seed, beta, score, selection, chosen):
     return {
         **{"task": task, "method": "ilql", "seed": seed, "beta": beta, "ask": None, "chosen": chosen},
-        **{"report": score, "selection": selection, "sd": sd},
+        **{"report": score, "selection": selection, "sd": 2.0, "kl_logged": beta / 20},
     }
 
 
@@ -82,6 +82,7 @@ def test_kept_gain_by_hand():
     ]
     cells = gains(rows)
     assert [(c["rule_gain"], c["returns_gain"]) for c in cells] == [(1.0, 1.5), (-0.5, 0.0)]
+    assert [c["before_gain"] for c in cells] == [1.0, -0.5]  # KL .2 at β 4, .4 at β 8
     assert [(c["rule"], c["returns"]) for c in cells] == [("β 4", "β 8"), ("β 4", "β 0")]
     assert kept(cells[:1]) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
-    assert kept(cells * 1, draws=50)[0] == pytest.approx(0.5 / 1.5)
+    assert kept(cells, draws=50)[0] == pytest.approx(0.5 / 1.5)
