@@ -25,7 +25,7 @@ from offline_lmrl.decoding.distribution import reduce_q, support_filter
 from offline_lmrl.decoding.loop import SamplingLoop
 from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler
-from offline_lmrl.errors import InputError, reading_pretrained, shown
+from offline_lmrl.errors import InputError, reading_pretrained, require, shown
 from offline_lmrl.logs.messages import read_dialogue
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
@@ -209,8 +209,7 @@ class LanguagePolicy:
         loop.add([self.request(dialogue, seed, **changes)])
         while len(loop):
             for event in loop.step():
-                if event.finished == "failed":
-                    raise InputError(FAILED)
+                require(event.finished != "failed", FAILED)
                 if event.text:
                     yield event.text
 

@@ -18,6 +18,7 @@ from offline_lmrl.decoding.loop import JOIN_EVERY
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, generate_texts
 from offline_lmrl.decoding.reranking import BestOfN
 from offline_lmrl.decoding.scorers import FunctionScorer
+from offline_lmrl.errors import InputError
 from offline_lmrl.export.server.engine import Job
 from offline_lmrl.export.server.exchange import Exchange
 from offline_lmrl.logs.io import read_trajectories
@@ -352,6 +353,8 @@ def test_a_failure_of_the_model_ends_its_requests_and_not_the_server(policy, cap
 
 def test_an_extreme_setting_of_one_request_does_not_end_the_others(policy, server):
     expected = [generated(policy, seed=i, max_new_tokens=60)[0] for i in range(3)]
+    with pytest.raises(InputError, match="found probabilities that are not numbers"):
+        policy.chat("hello", temperature=1e-40)
     with ThreadPoolExecutor(6) as pool:
         others = [pool.submit(call, server, body={"messages": HELLO, "seed": i, "max_tokens": 60}) for i in range(3)]
         broken = [{"temperature": 1e-40}, {"clip": -3e38, "beta": 4}, {"clip": -3e38, "stream": True}]
