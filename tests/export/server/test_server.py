@@ -244,7 +244,11 @@ def test_what_the_run_cannot_do_is_refused(server):
     ):
         status, _, answer = call(server, body={"messages": HELLO} | fields)
         assert (status, answer["error"]["message"][: len(reason)]) == (400, reason)
-    for body, reason in (({"prompt": [999_999]}, "outside the vocabulary"), ({"prompt": "a b " * 300}, "at most 244")):
+    for body, reason in (
+        ({"prompt": [999_999]}, "outside the vocabulary"),
+        ({"prompt": "a b " * 300}, "at most 244"),
+        ({"prompt": [1, 2], "best_of": 2}, "prompt: found token ids together with best_of"),
+    ):
         status, _, answer = call(server, "/v1/completions", body)
         assert status == 400 and reason in answer["error"]["message"]
 
@@ -376,7 +380,7 @@ def test_a_failure_while_a_request_is_given_up_does_not_end_the_thread(policy):
 
         step, worker.loop.cancel = worker.loop.step, fail
         worker.loop.step = lambda: (time.sleep(0.05), step())[1]
-        leave(server, {"messages": HELLO, "max_tokens": 200}, 0.1)
+        leave(server, {"messages": HELLO, "max_tokens": 200, "stream": True}, None)
         assert given_up.wait(10)
         assert call(server, body={"messages": HELLO})[0] == 200
         assert idle(server) == (0, 0, 0, 0)
