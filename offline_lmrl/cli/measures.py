@@ -173,9 +173,10 @@ class LogsConfig(OpenedRun):
     )
     betas: tuple[float, ...] = setting(
         (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
-        "Weights of value guidance to try; 0, none, is always among them. One is chosen: the one with the largest "
-        "realised advantage less half its standard error (what the logs earned more where it would have acted alike), "
-        "among those with at most 5% more broken replies than β 0; β 0 if none is above 0.",
+        "Weights of value guidance to try; 0, none, is always among them. One is chosen: the smallest within 5% of "
+        "the largest realised advantage less half its standard error (what the logs earned more where it would have "
+        "acted alike), among those with at most 5% more repeated, unfinished or empty replies than β 0; β 0 if none "
+        "is above 0.",
     )
     asks: tuple[float | str, ...] | None = setting(
         None,

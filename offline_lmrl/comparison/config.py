@@ -53,9 +53,8 @@ class EvaluationConfig:
     betas: tuple[float, ...] = setting((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "Candidates for β, for value-guided methods.")
     offline_rows: int = setting(
         200,
-        "Validation rows on which β is chosen offline: the one with the largest realised advantage "
-        "less half its standard error, whose replies are not broken more often; see "
-        "`offline-lmrl evaluate logs --help`.",
+        "Validation rows on which β is chosen offline: the smallest within 5% of the largest realised advantage, "
+        "whose replies are not broken more often; see `offline-lmrl evaluate logs --help`.",
     )
     selection: SelectionConfig | None = setting(
         None,

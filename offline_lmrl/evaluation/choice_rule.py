@@ -3,13 +3,15 @@
     1. A choice must not break the text: of its replies to held-out prompts, at most MORE_BROKEN more than of the plain
        policy's are looping, at most as many more are unfinished, and at most as many more are empty. Replies that are
        unlikely under the plain policy do not count: on tasks of a few tokens, better play is often unlikely play.
-    2. Among these, the choice with the best cautious realised advantage (realised.py): its estimate less a quarter of
-       the distance to the lower end of its 95 % interval, which is half a standard error.
-    3. If none is above 0, the plain policy: without guidance and without a requested return.
+    2. The cautious advantage of a choice is its realised advantage (realised.py) less a quarter of the distance to the
+       lower end of its 95 % interval, which is half a standard error. If none of these choices has one above 0, the
+       plain policy is chosen: without guidance and without a requested return.
+    3. Else the smallest β, or the first request given, whose cautious advantage is within NEAR of the best.
 
-The advantage grows with β as long as Q orders held-out outcomes, its error grows faster where Q does not, and only
-replies show what a choice does to text beyond the states of the logs. How much of the gain of choosing by play the
-rule keeps is measured in configs/guides/choosing_beta.md.
+The advantage grows with β as long as Q orders held-out outcomes, and its error grows faster where Q does not. Once
+the best logged tokens have nearly all the probability it stays level, while a larger β still leads away from the
+states of the logs; hence 3. Only replies show what a choice does to text there; hence 1. How much of the gain of
+choosing by play the rule keeps is measured in configs/guides/choosing_beta.md.
 """
 
 from collections.abc import Sequence
@@ -17,9 +19,10 @@ from collections.abc import Sequence
 from offline_lmrl.evaluation.choices import ChoiceRow
 
 MORE_BROKEN = 0.05  # a share of replies
+NEAR = 0.05  # a share of the best cautious advantage
 RULE = (
-    f"the largest realised advantage less half its standard error, among choices with at most {MORE_BROKEN:.0%} more "
-    "repeated, unfinished or empty replies than β 0; β 0 if none is above 0"
+    f"the smallest within {NEAR:.0%} of the largest realised advantage (less half its standard error), among choices "
+    f"with at most {MORE_BROKEN:.0%} more repeated, unfinished or empty replies than β 0; β 0 if none is above 0"
 )
 
 
@@ -31,8 +34,11 @@ def choose(rows: Sequence[ChoiceRow]) -> ChoiceRow:
     """
     plain = rows[0]
     fluent = [row for row in rows[1:] if _is_fluent(row, plain) and row.realised is not None]
-    best = max(fluent, key=cautious, default=plain)  # of equals, the first
-    return best if best is not plain and cautious(best) > 0 else plain
+    best = max(map(cautious, fluent), default=0.0)
+    if best <= 0:
+        return plain
+    near = [row for row in fluent if cautious(row) >= (1 - NEAR) * best]
+    return min(near, key=lambda row: row.choice.beta)  # of requests, the first
 
 
 def cautious(row: ChoiceRow) -> float:

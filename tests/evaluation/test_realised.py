@@ -8,6 +8,7 @@ import pytest
 
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.evaluation.choice_rule import choose
+from offline_lmrl.evaluation.choices import Choice
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.offline import measure_logs
 from offline_lmrl.evaluation.realised import ask_log_prob, realised_advantage
@@ -84,15 +85,23 @@ def test_a_request_has_the_log_probs_of_its_own_play():
     assert ask_log_prob(conditioned_policy(condition_scale=1.0), logs, 3.0, steps) is None
 
 
-def row(mean, low, **faults):
+def row(beta, mean, low, **faults):
     realised = None if mean is None else Estimate(mean, low, 2 * mean - low, 9)
-    return SimpleNamespace(**{"repeated": 0.0, "unfinished": 0.1, "empty": 0.0, "realised": realised} | faults)
+    faults = {"repeated": 0.0, "unfinished": 0.1, "empty": 0.0} | faults
+    return SimpleNamespace(choice=Choice(beta), realised=realised, **faults)
 
 
 def test_the_rule_takes_the_best_cautious_advantage_among_fluent_choices():
-    plain, small, large, noisy = row(0.0, 0.0), row(1.0, 0.6), row(1.4, 0.8), row(1.5, -1.0)
+    plain, small, large, noisy = row(0, 0.0, 0.0), row(2, 1.0, 0.6), row(4, 1.4, 0.8), row(8, 1.5, -1.0)
     assert choose([plain, small, large, noisy]) is large
     for fault in ({"repeated": 0.06}, {"unfinished": 0.16}, {"empty": 0.06}):
-        assert choose([plain, small, row(9.0, 8.0, **fault), row(None, None)]) is small
-    assert choose([plain, small, row(9.0, 8.0, unfinished=0.14, empty=0.04)]).realised.mean == 9.0
-    assert choose([plain, row(0.2, -0.7)]) is plain and choose([plain]) is plain
+        assert choose([plain, small, row(4, 9.0, 8.0, **fault), row(8, None, None)]) is small
+    assert choose([plain, small, row(4, 9.0, 8.0, unfinished=0.14, empty=0.04)]).realised.mean == 9.0
+    assert choose([plain, row(2, 0.2, -0.7)]) is plain and choose([plain]) is plain
+
+
+def test_of_nearly_equal_choices_the_smallest_beta_is_taken():
+    plain, level = row(0, 0.0, 0.0), [row(64, 10.0, 10.0), row(16, 9.6, 9.6), row(8, 9.4, 9.4)]
+    assert choose([plain, *level]).choice.beta == 16
+    asks = [SimpleNamespace(**{**vars(one), "choice": Choice(ask=ask)}) for one, ask in zip(level, "abc", strict=True)]
+    assert choose([plain, *asks]).choice.ask == "a"
