@@ -72,7 +72,8 @@ class Watch(TrainerCallback):
             f"evaluation.fqe: found {config.fqe}, expected 0, as there are no validation data",
         )
         self.trainer, self.config, self.validation = trainer, config, validation
-        trainer.policy()  # raises now, not after the first checkpoint
+        policy = trainer.policy()
+        policy.null_window((), policy.decoding.max_new_tokens)  # raises now, not after the first checkpoint
         self.environment = config.environment and make_environment(**config.environment)
 
     def on_save(self, args, state, control, **kwargs) -> None:

@@ -44,7 +44,9 @@ class LogCompletions(TrainerCallback):
 
     def __init__(self, trainer: "OfflineTrainer", prompts: Sequence[tuple[list[Turn], str]]):
         self.trainer, self.prompts = trainer, prompts
-        trainer.policy()  # raises now, not at the first evaluation
+        policy = trainer.policy()
+        for turns, _ in prompts:
+            policy.null_window(turns, policy.decoding.max_new_tokens)  # raises now, not at the first evaluation
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Drop the replies of later steps, which a resumed run samples again."""
