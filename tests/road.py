@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ BATCH = 100  # prompts of one call of `generate`
 AT_ONCE = 16  # requests that are open at the same time
 EQUIVALENT = 0.05  # a share is equivalent to the run's if the interval of their difference is within ± this
 MOST_BROKEN = 0.02
+GREEDY = 200  # prompts that are also answered greedily
 REPLY = 40  # most tokens of a reply, as in configs/support
 
 
@@ -48,6 +49,13 @@ class Answer(NamedTuple):
 
     text: str
     closed: bool
+
+
+class Played(NamedTuple):
+    """The replies of a player: sampled ones to all prompts, and greedy ones to the first of them."""
+
+    sampled: list[Answer]
+    greedy: list[Answer]
 
 
 def command(*words: object) -> str:
@@ -77,11 +85,18 @@ def sampled(policy: LanguagePolicy, prompts: Sequence[Sequence[Turn]]) -> list[A
     return answers
 
 
-def generated(folder: Path, prompts: Sequence[Sequence[Turn]], **trust: bool) -> list[Answer]:
-    """Let an exported folder reply to each prompt through transformers, which needs no code of this project."""
+def generated(folder: Path, prompts: Sequence[Sequence[Turn]], **settings: bool) -> list[Answer]:
+    """Let an exported folder reply to each prompt through transformers, which needs no code of this project.
+
+    Args:
+      folder: the export.
+      prompts: the dialogues to reply to.
+      settings: arguments of `generate`; trust_remote_code is also one of loading.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    trust = {name: value for name, value in settings.items() if name == "trust_remote_code"}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust).eval()
     answers = []
     torch.manual_seed(0)
@@ -90,7 +105,7 @@ def generated(folder: Path, prompts: Sequence[Sequence[Turn]], **trust: bool) ->
         read = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
         )
-        ids = model.generate(**read, **trust)[:, read["input_ids"].shape[1] :]
+        ids = model.generate(**read, **settings)[:, read["input_ids"].shape[1] :]
         ends = torch.tensor(model.generation_config.eos_token_id).flatten()
         closed = torch.isin(ids, ends).any(-1).tolist()
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -118,14 +133,19 @@ def asked_over_http(address: str, model: str, prompts: Sequence[Sequence[Turn]],
     return asyncio.run(ask_all())
 
 
-def asked_in_vllm(printed: str, folder: Path, prompts: Sequence[Sequence[Turn]]) -> list[Answer]:
-    """Start vLLM with the command that the export printed, and ask it for a reply to each prompt."""
+def over_http(address: str, model: str, prompts: Sequence[Sequence[Turn]], **extra: object) -> Played:
+    """Ask a server for sampled replies to all prompts, and for greedy ones to the first."""
+    drawn = asked_over_http(address, model, prompts, **extra)
+    return Played(drawn, asked_over_http(address, model, prompts[:GREEDY], temperature=0.0, **extra))
+
+
+def served_by_vllm(printed: str, folder: Path) -> AbstractContextManager[str]:
+    """Start vLLM with the command that the export printed (`serving`)."""
     line = next(line for line in printed.splitlines() if "vllm.entrypoints" in line)
     port = free_port()
     words = [ENGINES if word == "python" else word for word in shlex.split(line)] + ["--port", port, "--enforce-eager"]
     words = ["env", "VLLM_CPU_KVCACHE_SPACE=1", *map(str, words)]
-    with serving(words, port, folder.with_suffix(".log")) as address:
-        return asked_over_http(address, str(folder), prompts, max_tokens=REPLY)
+    return serving(words, port, folder.with_suffix(".log"))
 
 
 def as_messages(prompt: Sequence[Turn]) -> list[dict[str, str]]:
@@ -187,19 +207,20 @@ def broken(base: LanguagePolicy, answers: Sequence[Answer], numbers: Sequence[fl
     return count / len(answers)
 
 
-def table(base: LanguagePolicy, prompts: Sequence[Sequence[Turn]], played: dict[str, list[Answer]]) -> list[dict]:
+def table(base: LanguagePolicy, prompts: Sequence[Sequence[Turn]], both: dict[str, Played]) -> list[dict]:
     """Print one line per player, and return the rows.
 
     Args:
       base: the plain model.
       prompts: what all of them replied to.
-      played: the replies of each; "plain model" and "run" are among them.
+      both: the replies of each; "plain model" and "run" are among them.
     """
+    played = {name: one.sampled for name, one in both.items()}
     wanted = {name: [float(asks_back(one.text)) for one in answers] for name, answers in played.items()}
     openings = [prompt[0].content for prompt in prompts]
     limit = least_likely(log_probs(base, prompts, played["plain model"]))
     rows = []
-    print(f"\n{'':14}{'wanted':>20}{'minus the run':>24}{'equivalent':>12}{'broken':>9}{'same text':>11}")
+    print(f"\n{'':14}{'wanted':>20}{'minus the run':>24}{'equivalent':>12}{'broken':>9}{'same greedy text':>18}")
     for name, answers in played.items():
         share = mean_interval(wanted[name], openings)
         apart = mean_interval([a - b for a, b in zip(wanted[name], wanted["run"], strict=True)], openings)
@@ -211,14 +232,15 @@ def table(base: LanguagePolicy, prompts: Sequence[Sequence[Turn]], played: dict[
             "difference_interval": apart.interval,
             "equivalent": -EQUIVALENT <= apart.low and apart.high <= EQUIVALENT,
             "broken": broken(base, answers, log_probs(base, prompts, answers), limit),
-            "same_text": sum(a.text == b.text for a, b in zip(answers, played["run"], strict=True)) / len(answers),
+            "same_greedy": sum(a.text == b.text for a, b in zip(both[name].greedy, both["run"].greedy, strict=True)),
             "replies": len(answers),
         }
         rows.append(row)
         print(
             f"{name:14}{100 * share.mean:7.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
             f"{100 * apart.mean:+9.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
-            f"{'yes' if row['equivalent'] else 'no':>10}{row['broken']:>10.1%}{row['same_text']:>9.0%}"
+            f"{'yes' if row['equivalent'] else 'no':>10}{row['broken']:>10.1%}"
+            f"{row['same_greedy']:>9} of {len(both[name].greedy)}"
         )
     return rows
 
@@ -246,9 +268,13 @@ def main() -> None:
 
     environment = Support()
     prompts = [environment.reset(FIRST_SEED + i) for i in range(given.replies)]
+    first = prompts[:GREEDY]
     base = LanguagePolicy.load(BASE, max_new_tokens=REPLY)
     policy = LanguagePolicy.load(run, beta=beta)
-    played = {"plain model": sampled(base, prompts), "run": sampled(policy, prompts)}
+    played = {
+        name: Played(sampled(one, prompts), sampled(one.with_decoding(temperature=0.0), first))
+        for name, one in (("plain model", base), ("run", policy))
+    }
     for form in ("plain", "transformers", "vllm"):
         if form == "vllm" and not ENGINES.exists():
             print("\nvllm: left out, as `make engines` has not been run")
@@ -257,17 +283,20 @@ def main() -> None:
         words = ["--form.python", ENGINES] if form == "vllm" else []
         printed = command("export", run, "--to", form, "--output", output, "--beta", beta, *words)
         if form == "vllm":
-            played[form] = asked_in_vllm(printed, output, prompts)
+            with served_by_vllm(printed, output) as address:
+                played[form] = over_http(address, str(output), prompts, max_tokens=REPLY)
         else:
-            played[form] = generated(output, prompts, **{"trust_remote_code": True} if form == "transformers" else {})
+            trust = {"trust_remote_code": True} if form == "transformers" else {}
+            drawn = generated(output, prompts, do_sample=True, **trust)
+            played[form] = Played(drawn, generated(output, first, do_sample=False, **trust))
     port = free_port()
     words = [sys.executable, "-m", "offline_lmrl.cli", "serve", str(run), "--beta", str(beta), "--port", str(port)]
     with serving(words, port, folder / "serve.log") as address:
-        played["server"] = asked_over_http(address, "run", prompts)
+        played["server"] = over_http(address, "run", prompts)
 
     for name, answers in played.items():
         print(f"\n{name}:")
-        for prompt, answer in zip(prompts[:5], answers[:5], strict=True):
+        for prompt, answer in zip(prompts[:5], answers.sampled[:5], strict=True):
             print(f"  {prompt[0].content}\n    {answer.text!r}")
     rows = table(base, prompts, played)
     (folder / "road.json").write_text(json.dumps({"seed": given.seed, "beta": beta, "rows": rows}, indent=1))

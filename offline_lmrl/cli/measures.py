@@ -24,7 +24,7 @@ class PlayConfig(OpenedRun):
     environment: str = setting(
         REQUIRED,
         "maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, pref_gold, "
-        "prompts (a prompt set with a scorer), or your own as package.module:Class (its code runs).",
+        "support, prompts (a prompt set with a scorer), or your own as package.module:Class (its code runs).",
     )
     settings: dict[str, Any] = setting(
         dict, "Arguments of the environment, such as --settings.observed partial; the others keep their defaults."
@@ -175,8 +175,8 @@ class LogsConfig(OpenedRun):
         (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
         "Weights of value guidance to try; 0, none, is always among them. One is chosen: the smallest within 5% of "
         "the largest realised advantage less half its standard error (what the logs earned more where it would have "
-        "acted alike), among those with at most 5% more repeated, unfinished or empty replies than β 0; β 0 if none "
-        "is above 0.",
+        "acted alike), among those of whose replies at most 5 in 100 more are repeated, unfinished or empty than with "
+        "β 0; β 0 if none is above 0.",
     )
     asks: tuple[float | str, ...] | None = setting(
         None,

@@ -54,7 +54,7 @@ class EvaluationConfig:
     offline_rows: int = setting(
         200,
         "Validation rows on which β is chosen offline: the smallest within 5% of the largest realised advantage, "
-        "whose replies are not broken more often; see `offline-lmrl evaluate logs --help`.",
+        "whose replies are not repeated, unfinished or empty more often; see `offline-lmrl evaluate logs --help`.",
     )
     selection: SelectionConfig | None = setting(
         None,

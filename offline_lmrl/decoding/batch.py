@@ -4,6 +4,7 @@ The random numbers of a row are a hash of its seed and of the number of tokens d
 own, so that its sample does not depend on the batch it is in.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,11 +18,17 @@ from offline_lmrl.decoding.constraints import TokenTrie
 from offline_lmrl.decoding.distribution import Form, ModelOutputs, divisor, lookup_in, next_token
 from offline_lmrl.decoding.prompts import LastOutputs, Rows
 from offline_lmrl.decoding.texts import TextStream
+from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.ops.decoding import sample_from, uniform
 
 if TYPE_CHECKING:
     from offline_lmrl.decoding.sampler import Sampler
+
+FAILED = (
+    "decoding: found probabilities that are not numbers, expected finite ones; a setting such as beta or temperature "
+    "is too large or too small, or the model's weights are not finite"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ class Row:
       pieces: the text that became final with each token since the last event.
       before: number of tokens that were drawn before the row joined its batch.
       count: number of tokens of the reply; None = not finished.
-      finished: why it ended: "stop", "length", or "cancelled" (its rest is not wanted); None = not finished.
+      finished: why it ended: "stop", "length", "failed" (the last probability is not a number), or "cancelled" (its
+        rest is not wanted); None = not finished.
     """
 
     key: int
@@ -83,8 +91,11 @@ class Row:
     finished: str | None = None
 
     def add(self, tokens: list[int], log_prob: list[float], policy_log_prob: list[float]) -> None:
-        """Add tokens with their log π; those after the end of the reply are dropped."""
+        """Add tokens with their log π, up to the end of the reply, or up to one whose log π is not a number."""
         end = None if self.count is None else max(0, self.count - len(self.tokens))
+        broken = next((place for place, value in enumerate(log_prob[:end], 1) if math.isnan(value)), None)
+        if broken is not None:
+            self.finished, self.count, end = "failed", len(self.tokens) + broken, broken
         self.tokens += tokens[:end]
         self.log_prob += log_prob[:end]
         self.policy_log_prob += policy_log_prob[:end]
@@ -93,14 +104,19 @@ class Row:
         """Decode the tokens that were added, and end the reply at a stop text."""
         for place in range(len(self.text.tokens), len(self.tokens)):
             self.pieces.append(self.text.add(self.tokens[place], last=place + 1 == self.count))
-            if self.text.stopped:
+            if self.text.stopped and self.finished != "failed":
                 self.finished, self.count = "stop", place + 1
                 for numbers in (self.tokens, self.log_prob, self.policy_log_prob):
                     del numbers[self.count :]
                 return
 
     def reply(self, sampler: "Sampler") -> Reply:
-        """Return the finished reply; after a stop text it has no token_ids, as these decode to more than its text."""
+        """Return the finished reply; after a stop text it has no token_ids, as these decode to more than its text.
+
+        Raises: InputError if it has failed.
+        """
+        if self.finished == "failed":
+            raise InputError(FAILED)
         numbers = tuple(self.log_prob), tuple(self.policy_log_prob)
         if self.text.stopped:
             return Reply(self.text.text, None, *numbers)
@@ -299,7 +315,14 @@ def form_and_reads(rows: Sequence[Row], device: torch.device) -> tuple[Form, fro
 
 
 def _drawn_column(log_prob: Tensor, temperature: float | Tensor, u: Tensor) -> Tensor:
-    """Return the column (B, 1) that u (B,) draws from log_prob (B, K), or the best one at temperature 0."""
+    """Return the column (B, 1) that u (B,) draws from log_prob (B, K), or the best one at temperature 0.
+
+    In a row that is not a number it is any column.
+    """
+    if not isinstance(temperature, Tensor) and temperature == 0.0:
+        return log_prob.argmax(-1, keepdim=True)
+    # Nothing is drawn from a row that is not a number; without the limit the index would be K.
+    drawn = sample_from(log_prob, u).clamp(max=log_prob.shape[-1] - 1).unsqueeze(-1)
     if isinstance(temperature, Tensor):
-        return log_prob.argmax(-1, keepdim=True).where(temperature == 0.0, sample_from(log_prob, u).unsqueeze(-1))
-    return log_prob.argmax(-1, keepdim=True) if temperature == 0.0 else sample_from(log_prob, u).unsqueeze(-1)
+        return log_prob.argmax(-1, keepdim=True).where(temperature == 0.0, drawn)
+    return drawn

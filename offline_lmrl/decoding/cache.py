@@ -216,16 +216,17 @@ class CacheMemory:
             columns = mask.any(0).nonzero()
             first, end = int(columns[0]), int(columns[-1]) + 1
             size = size * len(rows) * (end - first) // (cache.layers[0].keys.shape[0] * cache.layers[0].keys.shape[2])
-        self._make_space(allocated if whole else size)
-        if (allocated if whole else size) > self.max_bytes:
+        size = allocated if whole else size
+        if size > self.max_bytes:
             return
+        self._make_space(size)
         layers = [
             (layer.keys, layer.values)
             if whole
             else (layer.keys[chosen, :, first:end], layer.values[chosen, :, first:end])
             for layer in cache.layers
         ]
-        block = _Block(layers, mask[:, first:end], allocated if whole else size)
+        block = _Block(layers, mask[:, first:end], size)
         self.drop(rows)  # so that they come last in the order of use
         self.rows.update({row: (block, i, ids[i]) for i, row in enumerate(rows)})
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offline_lmrl.decoding.policy import LanguagePolicy
 
 FROM_1 = "a whole number from 1"
+LARGEST = 3.4e38  # tokens are chosen in fp32, which holds no larger number
 
 
 def check_numbers(config: Any) -> None:
@@ -26,8 +27,10 @@ def check_numbers(config: Any) -> None:
         if "expected" not in one.metadata or (value is None and NoneType in types):
             continue
         right = isinstance(value, (int, float) if float in types else int) and not isinstance(value, bool)
-        if not right or not one.metadata["low"] <= value <= one.metadata["high"] or abs(value) == INF:
-            raise InputError(f"{one.name}: found {shown(value)}, expected {one.metadata['expected']}")
+        too_large = right and float in types and abs(value) > LARGEST
+        if not right or not one.metadata["low"] <= value <= one.metadata["high"] or too_large:
+            limit = f", at most {LARGEST:g} in size" if too_large else ""
+            raise InputError(f"{one.name}: found {shown(value)}, expected {one.metadata['expected']}{limit}")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _top_p_filter(log_prob: Tensor, top_p: float | Tensor) -> Tensor:
     """Keep the smallest set of best tokens with a total probability of at least top_p; set the others to −inf."""
     prob, order = log_prob.softmax(-1).sort(-1, descending=True)
     before = prob.cumsum(-1) - prob  # mass of the better tokens: 0 for the best, which therefore always stays
-    beyond = before >= top_p
+    beyond = (before >= top_p) & (before > 0.0)  # a top_p that fp32 rounds to 0 keeps the best, too
     if isinstance(top_p, Tensor):
         beyond &= top_p < 1.0  # rounded sums may reach 1 before the last token
     dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)
@@ -376,7 +376,10 @@ class ValueTerm:
             if outputs.v is None:
                 raise ValueError("clip caps Q − V, but v is None; pass v or drop the clip")
             advantage = (advantage - outputs.v().unsqueeze(-1)).clamp(max=self.clip)
-        return self.beta * advantage
+        if not isinstance(self.beta, Tensor):
+            return self.beta * advantage
+        # A row without guidance does not depend on Q, even if Q is not finite.
+        return (self.beta * advantage).masked_fill(self.beta == 0.0, 0.0)
 
 
 TERMS = (ReturnTerm, ValueTerm)

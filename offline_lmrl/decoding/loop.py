@@ -45,8 +45,8 @@ class TokenEvent(NamedTuple):
     policy_log_prob: that under the unguided policy at the row's temperature, in nats.
     text: the text that became final with it. Text is held back while a UTF-8 sequence is incomplete, or a stop text
       may have begun; the pieces of a row join to its reply's text, which a stop text is no part of.
-    finished: "stop" if a closing token or a stop text ended the reply, "length" if max_new_tokens did; None = it goes
-      on.
+    finished: "stop" if a closing token or a stop text ended the reply, "length" if max_new_tokens did, "failed" if
+      log_prob is not a number, so that token and text mean nothing; None = it goes on.
     top: the ids and log-probabilities of the `Request.top` most probable tokens there, best first.
     """
 
@@ -143,7 +143,10 @@ class SamplingLoop:
 
     @torch.inference_mode()
     def replies(self) -> Iterator[tuple[int, Reply]]:
-        """Draw until no row is left; yield the key and the reply of each row that leaves."""
+        """Draw until no row is left, with a model in eval mode; yield the key and the reply of each row that leaves.
+
+        Raises: InputError at a row whose probabilities are not numbers.
+        """
         every = sync_every(self.sampler.model.device)
         while len(self):
             for _ in self._draw(every, follow=False):

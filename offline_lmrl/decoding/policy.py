@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.asks import ReturnRequests
-from offline_lmrl.decoding.batch import Request
+from offline_lmrl.decoding.batch import FAILED, Request
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.distribution import reduce_q, support_filter
 from offline_lmrl.decoding.loop import SamplingLoop
 from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler
-from offline_lmrl.errors import InputError, reading_pretrained, shown
+from offline_lmrl.errors import InputError, reading_pretrained, require, shown
 from offline_lmrl.logs.messages import read_dialogue
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
@@ -201,11 +201,17 @@ class LanguagePolicy:
     def stream(
         self, dialogue: str | Sequence[Turn | Mapping[str, Any]], seed: int = 0, **changes: Any
     ) -> Iterator[str]:
-        """Yield the reply to a dialogue in pieces of text, as soon as each is final; arguments as for `request`."""
+        """Yield the reply to a dialogue in pieces of text, as soon as each is final; arguments as for `request`.
+
+        Raises: InputError as `request` does, and if a probability is not a number.
+        """
         loop = SamplingLoop(self.sampler)
         loop.add([self.request(dialogue, seed, **changes)])
         while len(loop):
-            yield from (event.text for event in loop.step() if event.text)
+            for event in loop.step():
+                require(event.finished != "failed", FAILED)
+                if event.text:
+                    yield event.text
 
     def chat(self, dialogue: str | Sequence[Turn | Mapping[str, Any]], seed: int = 0, **changes: Any) -> str:
         """Return the reply to a dialogue; arguments as for `request`."""

@@ -279,19 +279,21 @@ class Prompts:
     streams: int
     reserve: list[int]
 
-    def __post_init__(self) -> None:
-        self.cached = [0] * len(self.ids)  # per prompt, the tokens from its start that are cached for each stream
-        if self.memory is not None and self.model.keeps_tokens:
-            held = list(map(self.memory.reusable, *self.model.streams_of(self.keys, self.ids, self.streams)))
-            # `held` lists stream 0 of all prompts, then stream 1: entries i, i + n belong to prompt i.
-            self.cached = [min(held[i :: len(self.ids)]) for i in range(len(self.ids))]
+    def _cached(self, which: Sequence[int]) -> list[int]:
+        """Return, for each of these prompts, the number of tokens from its start that are cached for each stream."""
+        if self.memory is None or not self.model.keeps_tokens:
+            return [0] * len(which)
+        keys, ids = [self.keys[i] for i in which], [self.ids[i] for i in which]
+        held = list(map(self.memory.reusable, *self.model.streams_of(keys, ids, self.streams)))
+        # `held` lists stream 0 of all prompts, then stream 1: entries i, i + n belong to prompt i.
+        return [min(held[i :: len(which)]) for i in range(len(which))]
 
     def chunks(self) -> Iterator[list[int]]:
         """Yield the indices of the prompts in batches within MOST_TOKENS and MOST_LOGITS.
 
         Prompts are sorted by the number of their tokens that are not cached, most first, with equal prompts together.
         """
-        unread = [len(ids) - cached for ids, cached in zip(self.ids, self.cached, strict=True)]
+        unread = [len(ids) - n for ids, n in zip(self.ids, self._cached(range(len(self.ids))), strict=True)]
         chunk: list[int] = []
         columns = 0
         for i in sorted(range(len(self.ids)), key=lambda i: (-unread[i], self.ids[i])):
@@ -318,7 +320,7 @@ class Prompts:
         keys, prompts = self.model.streams_of(
             [self.keys[i] for i in first], [self.ids[i] for i in first], self.streams
         )
-        cached = [self.cached[i] for i in first] * self.streams
+        cached = self._cached(first) * self.streams  # anew, as the chunks before may have taken its place in memory
         cache = new_cache(self.model.model, reserve)
         mask = torch.zeros(len(keys), 0, dtype=torch.bool, device=device)
         if any(cached):

@@ -14,6 +14,7 @@ states of the logs; hence 3. Only replies show what a choice does to text there;
 choosing by play the rule keeps is measured in configs/guides/choosing_beta.md.
 """
 
+import math
 from collections.abc import Sequence
 
 from offline_lmrl.evaluation.choices import ChoiceRow
@@ -22,7 +23,8 @@ MORE_BROKEN = 0.05  # a share of replies
 NEAR = 0.05  # a share of the best cautious advantage
 RULE = (
     f"the smallest within {NEAR:.0%} of the largest realised advantage (less half its standard error), among choices "
-    f"with at most {MORE_BROKEN:.0%} more repeated, unfinished or empty replies than β 0; β 0 if none is above 0"
+    f"of whose replies at most {100 * MORE_BROKEN:.0f} in 100 more are repeated, unfinished or empty than with β 0; "
+    "β 0 if none is above 0"
 )
 
 
@@ -33,7 +35,8 @@ def choose(rows: Sequence[ChoiceRow]) -> ChoiceRow:
       rows: `ChoiceTable.rows`; the first is the plain policy's.
     """
     plain = rows[0]
-    fluent = [row for row in rows[1:] if _is_fluent(row, plain) and row.realised is not None]
+    known = [row for row in rows[1:] if row.realised is not None and math.isfinite(cautious(row))]
+    fluent = [row for row in known if _is_fluent(row, plain)]
     best = max(map(cautious, fluent), default=0.0)
     if best <= 0:
         return plain
@@ -48,4 +51,4 @@ def cautious(row: ChoiceRow) -> float:
 
 def _is_fluent(row: ChoiceRow, plain: ChoiceRow) -> bool:
     pairs = ((row.repeated, plain.repeated), (row.unfinished, plain.unfinished), (row.empty, plain.empty))
-    return all(share <= usual + MORE_BROKEN for share, usual in pairs)
+    return all(round(share - usual, 9) <= MORE_BROKEN for share, usual in pairs)

@@ -43,7 +43,8 @@ def realised_advantage(
     if not known.any():
         return None
     surplus = np.where(known, steps.return_to_go - _expected(steps, known), 0.0)
-    shift = np.exp(log_prob - steps.log_prob) - np.exp(steps.unguided_log_prob - steps.log_prob)
+    logged = steps.log_prob.astype(np.float64)  # ratios of tokens that π holds for impossible exceed fp32
+    shift = np.exp(log_prob - logged) - np.exp(steps.unguided_log_prob - logged)
     per_log = np.bincount(steps.trajectory, shift * surplus, minlength=len(trajectories))
     seen = np.unique(steps.trajectory[known])
     return mean_interval(per_log[seen].tolist(), [trajectories[i].group or int(i) for i in seen])

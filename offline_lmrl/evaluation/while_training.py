@@ -58,7 +58,8 @@ class Watch(TrainerCallback):
       trainer: the trainer, to which this callback is then added: `trainer.add_callback(Watch(trainer, config))`.
       config: the settings.
       validation: held-out trajectories, for fitted Q evaluation.
-    Raises: InputError if the trainer trains no policy, or there are no held-out data for fitted Q evaluation.
+    Raises: InputError if the trainer trains no policy, there are no held-out data for fitted Q
+      evaluation, or the policy cannot reply within max_length.
     """
 
     def __init__(self, trainer: OfflineTrainer, config: WatchConfig, validation: Sequence[Trajectory] | None = None):
@@ -71,6 +72,8 @@ class Watch(TrainerCallback):
             f"evaluation.fqe: found {config.fqe}, expected 0, as there are no validation data",
         )
         self.trainer, self.config, self.validation = trainer, config, validation
+        policy = trainer.policy()
+        policy.null_window((), policy.decoding.max_new_tokens)  # raises now, not after the first checkpoint
         self.environment = config.environment and make_environment(**config.environment)
 
     def on_save(self, args, state, control, **kwargs) -> None:

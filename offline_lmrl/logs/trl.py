@@ -50,8 +50,8 @@ class TrlForm:
     keep_share: float = field(
         default=1.0,
         metadata={
-            "help": "For --to sft: share of the trajectories to keep, best total returns first, in (0, 1]; those that "
-            "equal the last one kept are kept too."
+            "help": "For --to sft of trajectories: share of them to keep, best total returns first, in (0, 1]; those "
+            "that equal the last one kept are kept too."
         },
     )
 
@@ -93,6 +93,10 @@ class TrlForm:
             pairs = rows if _compares(rows) else to_comparisons(scored_replies(rows, counts), counts)
             return preference_rows(pairs, counts)
         if _compares(rows):
+            require(
+                self.keep_share == 1,
+                f"keep_share: found {self.keep_share} for comparisons, expected none: all preferred replies are kept",
+            )
             signs = to_trajectories(rows, "sign", "end", "none", counts)
             return label_rows(signs, threshold, counts) if self.to == "kto" else sft_rows(signs, 1.0, counts)
         if self.to == "kto":

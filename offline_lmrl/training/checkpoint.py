@@ -30,7 +30,7 @@ from offline_lmrl.logs.files import move_into, read_object, reading, staging, sy
 from offline_lmrl.models.adapters import METADATA_FILE, has_adapter, heads_of, load_heads, save_heads
 from offline_lmrl.training.display import TrainingDisplay
 from offline_lmrl.training.metrics import Averages, keep_metrics_until
-from offline_lmrl.training.publishing import CARD, model_files, upload
+from offline_lmrl.training.publishing import CARD, create_repository, model_files, start_upload, upload
 
 STAGING = ".saving"
 CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
@@ -293,10 +293,10 @@ class StoredTrainer(transformers.Trainer):
             best = self.state.best_model_checkpoint
             rotate(staging.parent, self.state.global_step, self.args.save_total_limit, best)
             shutil.rmtree(staging, ignore_errors=True)
-            if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-                checkpoint = staging.parent / name
-                self._upload(
-                    checkpoint, model_files(checkpoint), f"Training in progress, step {self.state.global_step}"
+            if self._pushes() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+                checkpoint, message = staging.parent / name, f"Training in progress, step {self.state.global_step}"
+                self.push_in_progress = start_upload(
+                    checkpoint, model_files(checkpoint), self.args, self.hub_model_id, message
                 )
         self.accelerator.wait_for_everyone()
 
@@ -307,10 +307,12 @@ class StoredTrainer(transformers.Trainer):
         """Save the model in the run's folder, and upload it; other arguments of Trainer's method have no effect."""
         self.save_model()
 
-    def _upload(self, folder: Path, names: Sequence[str], message: str) -> None:
-        """Start to upload files of a folder, if the settings ask for it."""
-        if self.args.push_to_hub and self.is_world_process_zero():
-            self.push_in_progress = upload(folder, names, self.args, self.hub_model_id, message)
+    def init_hf_repo(self, token: str | None = None) -> None:
+        if self.is_world_process_zero():
+            self.hub_model_id, self.push_in_progress = create_repository(self.args), None
+
+    def _pushes(self) -> bool:
+        return self.args.push_to_hub and self.is_world_process_zero()
 
     def model_card(self) -> str:
         """Return the text of the file README.md that is saved with the model."""
@@ -329,8 +331,9 @@ class StoredTrainer(transformers.Trainer):
                 names = model_files(staging)
                 move_into(staging, folder, CONFIG_FILES)
                 self._finish_current_push()
-                self._upload(folder, names, f"Model after {self.state.global_step} steps")
-                self._finish_current_push()
+                if self._pushes():
+                    message = f"Model after {self.state.global_step} steps"
+                    upload(folder, names, self.args, self.hub_model_id, message)
         self.accelerator.wait_for_everyone()
 
     def _remove_leftover(self, staging: Path) -> None:

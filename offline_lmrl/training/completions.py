@@ -39,10 +39,14 @@ class LogCompletions(TrainerCallback):
     Args:
       trainer: gives the policy in training, and shows the replies.
       prompts: (turns, logged reply) pairs.
+    Raises: InputError if the policy cannot reply within max_length.
     """
 
     def __init__(self, trainer: "OfflineTrainer", prompts: Sequence[tuple[list[Turn], str]]):
         self.trainer, self.prompts = trainer, prompts
+        policy = trainer.policy()
+        for turns, _ in prompts:
+            policy.null_window(turns, policy.decoding.max_new_tokens)  # raises now, not at the first evaluation
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Drop the replies of later steps, which a resumed run samples again."""

@@ -20,7 +20,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.hub import hf_api
 
 from offline_lmrl.errors import InputError, require
 from offline_lmrl.logs.files import move_into, read_object, reading
@@ -44,7 +43,7 @@ from offline_lmrl.training.checkpoint import (
 from offline_lmrl.training.config import BaseConfig
 from offline_lmrl.training.display import TrainingDisplay
 from offline_lmrl.training.metrics import append_metrics, keep_metrics_until
-from offline_lmrl.training.publishing import CARD, model_card, model_files, upload
+from offline_lmrl.training.publishing import CARD, create_repository, model_card, model_files, upload
 
 
 class Learner:
@@ -214,6 +213,8 @@ class LoopTrainer:
         self.totals: Counter[str] = Counter()
         self.iteration, self.total_steps = 0, args.max_steps
         self.state: dict[str, Any] = {}
+        if args.push_to_hub and args.should_save:
+            create_repository(args)
 
     def set_up(self, module: nn.Module, policy: nn.Module, ema: float) -> None:
         """Set the model and make its learner.
@@ -343,12 +344,8 @@ class LoopTrainer:
                 names = model_files(staging)
                 move_into(staging, folder, CONFIG_FILES)
             if self.args.push_to_hub:
-                name = self.args.hub_model_id or folder.absolute().name
-                created = hf_api().create_repo(
-                    name, token=self.args.hub_token, private=self.args.hub_private_repo, exist_ok=True
-                )
                 message = f"Model after {self.iteration} iterations"
-                upload(folder, names, self.args, created.repo_id, message).wait_until_done()
+                upload(folder, names, self.args, self.args.hub_model_id, message)
             self.display.advise(folder, self.next_commands)
         self.accelerator.wait_for_everyone()
 

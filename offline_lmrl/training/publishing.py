@@ -4,8 +4,10 @@ A checkpoint also holds what resuming needs (optimizer, random states) and a run
 that is uploaded: only the files that opening the model needs, and the card.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,7 +17,10 @@ from transformers import TrainingArguments
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
+from offline_lmrl.errors import InputError
 from offline_lmrl.training.metrics import METRICS, read_metrics
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 RESUME_STATE = (
@@ -67,11 +72,60 @@ def model_files(folder: Path) -> list[str]:
     return sorted(name for name in names if not any(fnmatch(name, pattern) for pattern in RESUME_STATE))
 
 
-def upload(
+def create_repository(args: TrainingArguments) -> str:
+    """Create the repository of the hub that the settings name, if it is missing.
+
+    Returns: its name with the user's; it is also the new `hub_model_id` of the settings.
+    Raises: InputError if the hub refuses or cannot be reached.
+    """
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        created = hf_api().create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True)
+    except Exception as error:  # no network, no token, no permission
+        raise InputError(
+            f"push_to_hub: found no repository {name}, and it could not be created ({_first_line(error)})"
+        ) from error
+    args.hub_model_id = created.repo_id
+    return created.repo_id
+
+
+def start_upload(
     folder: Path, names: Sequence[str], args: TrainingArguments, repository: str, message: str
 ) -> PushInProgress:
-    """Start to upload files of a folder to a repository of the hub, and return the upload, which can be waited for."""
-    job = hf_api().upload_folder(
+    """Start to upload files of a folder to a repository of the hub, and return the upload, which can be waited for.
+
+    If it fails, a warning is logged, as training goes on.
+    """
+
+    def report(job: Future) -> None:
+        if not job.cancelled() and job.exception() is not None:
+            log.warning("%s: the upload of %s failed: %s", repository, folder, _first_line(job.exception()))
+
+    job = _upload(folder, names, args, repository, message)
+    job.add_done_callback(report)
+    return PushInProgress([job])
+
+
+def upload(folder: Path, names: Sequence[str], args: TrainingArguments, repository: str, message: str) -> None:
+    """Upload files of a folder to a repository of the hub.
+
+    Raises: InputError if the upload fails.
+    """
+    try:
+        _upload(folder, names, args, repository, message).result()
+    except Exception as error:  # no network, no permission, a refused file
+        raise InputError(
+            f"{repository}: the upload failed ({_first_line(error)}); {folder} holds the model, so upload it again "
+            "or train without push_to_hub"
+        ) from error
+
+
+def _first_line(error: BaseException | None) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _upload(folder: Path, names: Sequence[str], args: TrainingArguments, repository: str, message: str) -> Future:
+    return hf_api().upload_folder(
         repo_id=repository,
         folder_path=str(folder),
         allow_patterns=list(names),
@@ -80,20 +134,20 @@ def upload(
         revision=args.hub_revision,
         run_as_future=True,
     )
-    return PushInProgress([job])
 
 
 def model_card(run: Trained) -> str:
     """Return the model card of a run in Markdown; the metrics are those of metrics.jsonl in its directory."""
     folder, base = Path(run.args.output_dir), run.model.config._name_or_path
     place = run.args.hub_model_id or str(folder)
+    on_hub = not Path(base).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
     rows = read_metrics(folder) if (folder / METRICS).exists() else []
     step = max((row["step"] for row in rows), default=0)
-    started = f" from {base}" if base else " from fresh weights"
+    started = f" from {_without_place(base)}" if base else " from fresh weights"
     lines = [
         "---",
         "library_name: transformers",
-        *([f"base_model: {base}"] if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else []),
+        *([f"base_model: {base}"] if on_hub else []),
         "tags: [offline_lmrl, reinforcement-learning]",
         "---",
         "",
@@ -106,7 +160,10 @@ def model_card(run: Trained) -> str:
         "",
         *_table(
             ("", "path", "rows", "sha256"),
-            ((part, one["path"] or "rows of a program", one["rows"], one["hash"]) for part, one in run.data.items()),
+            (
+                (part, _without_place(one["path"] or "rows of a program"), one["rows"], one["hash"])
+                for part, one in run.data.items()
+            ),
         ),
         "",
         "## Settings that differ from their defaults",
@@ -140,8 +197,15 @@ def changed_settings(args: TrainingArguments) -> dict[str, Any]:
         value = vars(args)[one.name]
         # Values such as False and [] in place of None are filled in by transformers.
         if value != default and (value or default) and not any(fnmatch(one.name, pattern) for pattern in UNTOLD):
-            found[one.name] = asdict(value) if is_dataclass(value) else value
+            found[one.name] = _without_place(asdict(value) if is_dataclass(value) else value)
     return found
+
+
+def _without_place(value: Any) -> Any:
+    """Return a setting in which an absolute path, also inside a mapping, is only its last part: the card is public."""
+    if isinstance(value, Mapping):
+        return {name: _without_place(one) for name, one in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _last_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -352,7 +352,17 @@ class OfflineTrainer(BaseTrainer):
     def __init__(self, *positional, **keywords):
         self.prompts: list[tuple[list[Turn], str]] = []
         super().__init__(*positional, **keywords)
-        if self.prompts:
+        if self.args.log_completions > 0:
+            require(
+                self.args.eval_strategy != IntervalStrategy.NO,
+                f"log_completions: found {self.args.log_completions} with eval_strategy no, expected 0: replies are "
+                "drawn at evaluations",
+            )
+            require(
+                bool(self.prompts),
+                f"log_completions: found {self.args.log_completions}, expected 0, as no validation row has a turn "
+                "before the agent's first",
+            )
             self.add_callback(LogCompletions(self, self.prompts))
 
     # Methods for algorithms to define; `losses` gets the outputs that `StepRequest` describes.

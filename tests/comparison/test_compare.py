@@ -83,7 +83,7 @@ def world(tmp_path, monkeypatch):
             critics.append(getattr(args, "value_model", None))
             folder.mkdir()
             (folder / "complete.json").write_text(json.dumps({"training_tokens": 1000}))
-            (folder / "metrics.jsonl").write_text('{"loss": 1.0}\n{"train_runtime": 2.5}\n')
+            (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 1, "train_runtime": 2.5}\n')
         return folder
 
     Gambler.played, Gambler.asked = [], set()

@@ -47,7 +47,7 @@ def test_top_k_keeps_k_and_renormalises():
     assert_close(warped(top_k=99), PROB)
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (1e-9, 1), (1.0, 5)])
+@pytest.mark.parametrize("top_p, kept", [(0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (1e-9, 1), (5e-324, 1), (1.0, 5)])
 def test_top_p_keeps_the_smallest_set_that_holds_the_mass(top_p, kept):
     # cumulative mass: .5 .75 .875 .975 1
     assert (warped(top_p=top_p) > 0).sum() == kept

@@ -208,6 +208,53 @@ def test_the_least_recently_used_cache_is_dropped_first():
     assert held == [5, 0, 0, 5] or held == [5, 0, 5, 5]
 
 
+def test_a_row_whose_probabilities_are_not_numbers_fails_alone():
+    model = tiny(WithValues)
+    others = [request([n], n, max_new_tokens=6) for n in range(3)]
+    loop = SamplingLoop(never_closing(model))
+    alone = run(loop, [others])
+    for broken in ({"temperature": 1e-40}, {"beta": 2.0, "clip": -3e38}):
+        found = run(loop, [[*others, request([5], stop=("q",), **broken)]])
+        assert [event.finished for event in found[-1]] == ["failed"] and math.isnan(found[-1][0].log_prob)
+        for first, second in zip(alone, found, strict=False):
+            assert [event.token for event in first] == [event.token for event in second]
+        with pytest.raises(InputError, match="^decoding: found probabilities that are not numbers"):
+            Sampler(model, loop.sampler.renderer, DecodingConfig(**broken)).sample([[5], [6]], [0, 1])
+    assert len(loop) == 0 and not loop.batches
+
+
+def test_a_row_without_guidance_does_not_depend_on_values_that_are_not_finite():
+    model = tiny(WithValues)
+    loop = SamplingLoop(never_closing(model))
+    (alone,) = run(loop, [[request([1])]])
+    with torch.no_grad():
+        model.q_rows.fill_(torch.nan)
+    found, failed = run(loop, [[request([1]), request([2], beta=1.0)]])
+    assert [event.token for event in found] == [event.token for event in alone] and failed[-1].finished == "failed"
+
+
+def test_a_cache_that_is_too_large_leaves_the_others_where_they_are():
+    loop = SamplingLoop(never_closing(tiny()), CacheMemory(2**20))
+    run(loop, [[request([1, 2, 3], max_new_tokens=2)]])
+    loop.memory.max_bytes = loop.memory.bytes
+    held = dict(loop.memory.rows)
+    run(loop, [[request([5] * 40, max_new_tokens=2)]])
+    assert held and loop.memory.rows == held
+
+
+def test_a_head_is_applied_where_the_cache_of_a_later_prompt_is_dropped_before_it_is_read(monkeypatch):
+    sampler, prompts = sampler_of(tiny(WithValues)), [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    head = lambda hidden, logits: logits[:, 0]  # noqa: E731
+    expected = sampler.apply_head(head, prompts)
+    memory = CacheMemory(2**20)
+    sampler.apply_head(head, prompts, memory)
+    memory.max_bytes = memory.bytes
+    monkeypatch.setattr("offline_lmrl.decoding.prompts.MOST_TOKENS", 1)  # one prompt per chunk
+    longer = [[*prompt, 1, 2] for prompt in prompts]
+    torch.testing.assert_close(sampler.apply_head(head, longer, memory), sampler.apply_head(head, longer))
+    assert expected == sampler.apply_head(head, prompts)
+
+
 def test_a_request_that_the_model_lacks_something_for_adds_no_row():
     loop = SamplingLoop(sampler_of(tiny()))
     with pytest.raises(InputError, match="^beta: found 1.0, expected 0, as GPT2LMHeadModel has no value heads"):

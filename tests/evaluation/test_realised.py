@@ -1,6 +1,7 @@
 """Realised advantages by hand and by enumeration, those of requests against play, and the rule that reads them."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,3 +106,23 @@ def test_of_nearly_equal_choices_the_smallest_beta_is_taken():
     assert choose([plain, *level]).choice.beta == 16
     asks = [SimpleNamespace(**{**vars(one), "choice": Choice(ask=ask)}) for one, ask in zip(level, "abc", strict=True)]
     assert choose([plain, *asks]).choice.ask == "a"
+
+
+def test_a_choice_whose_advantage_is_no_number_hides_no_other():
+    plain, good = row(0, 0.0, 0.0), row(1, 1.0, 0.6)
+    for unknown in (row(2, math.nan, math.nan), row(2, math.inf, math.nan), row(2, 1.0, -math.inf)):
+        assert choose([plain, unknown, good]) is good and choose([plain, unknown]) is plain
+
+
+def test_five_more_of_a_hundred_broken_replies_are_allowed_at_every_share():
+    for usual in range(95):
+        some = row(1, 1.0, 0.6, unfinished=(usual + 5) / 100)
+        assert choose([row(0, 0.0, 0.0, unfinished=usual / 100), some]) is some
+
+
+def test_a_token_that_the_policy_holds_for_impossible_gives_a_finite_number():
+    logs = [said("b", 4.0, "g"), said("a", 1.0, "h")]
+    steps = measure_logs(table_policy(), logs, [BETA])
+    rare = replace(steps, log_prob=np.where(steps.log_prob < -1, np.float32(-120), steps.log_prob))
+    found = realised_advantage(rare, np.zeros_like(rare.log_prob), logs)
+    assert math.isfinite(found.mean) and found.mean > 1e50

@@ -10,6 +10,7 @@ from offline_lmrl.algorithms.ilql import ILQLConfig
 from offline_lmrl.comparison.gather import _entry_of
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.while_training import Watch, WatchConfig
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.run import RunConfig
 from offline_lmrl.run_folder import read_report
 from tests.test_run import data, scratch, settings  # noqa: F401 (a fixture)
@@ -73,3 +74,27 @@ def test_bad_settings_are_named(settings, said):
 def test_fitted_q_evaluation_needs_held_out_data(tmp_path):
     with pytest.raises(InputError, match="evaluation.fqe: found 5, expected 0, as there are no validation data"):
         Watch(trainer(tmp_path), WatchConfig(fqe=5))
+
+
+@pytest.mark.parametrize(
+    ("held_out", "settings", "said"),
+    [
+        (None, {}, "log_completions: found 2, expected 0, as there are no validation data"),
+        (logs(3), {"eval_strategy": "no"}, "log_completions: found 2 with eval_strategy no, expected 0"),
+        (
+            [Trajectory((Turn("assistant", "left", reward=1.0),))],
+            {},
+            "log_completions: found 2, expected 0, as no validation row has a turn before the agent's first",
+        ),
+        (logs(3), {"decoding": {"max_new_tokens": 64}}, "max_length: found 64, expected at least 66"),
+    ],
+)
+def test_replies_that_cannot_be_drawn_are_refused_before_training(tmp_path, held_out, settings, said):
+    settings = {"decoding": {"max_new_tokens": 2}, **settings}
+    with pytest.raises(InputError, match=said):
+        trainer(tmp_path, held_out=held_out, log_completions=2, **settings)
+
+
+def test_a_policy_that_cannot_play_is_refused_before_training(tmp_path):
+    with pytest.raises(InputError, match="max_length: found 64, expected at least 66"):
+        Watch(trainer(tmp_path, decoding={"max_new_tokens": 64}), PLAYED)

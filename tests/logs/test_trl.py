@@ -129,6 +129,8 @@ def test_settings_of_another_form_are_refused():
     for settings in ({"to": "sft", "threshold": 1.0}, {"to": "kto", "keep_share": 0.5}, {"threshold": 0.0}):
         with pytest.raises(InputError, match="expected it only with"):
             TrlForm(**settings)
+    with pytest.raises(InputError, match="^keep_share: found 0.5 for comparisons, expected none"):
+        convert([PAIR, TIE], "sft", keep_share=0.5)
     with pytest.raises(InputError, match="^keep_share: found 0.0, expected above 0"):
         TrlForm(to="sft", keep_share=0.0)
 

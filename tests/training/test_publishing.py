@@ -4,10 +4,10 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-import transformers.trainer
 
 from offline_lmrl.algorithms.ilql import ILQLConfig
 from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.training import publishing
 from offline_lmrl.training.metrics import FEW, append_metrics, batch_moments, ratio_interval
 from tests.training.test_trainer import logs, trainer
@@ -45,7 +45,6 @@ class FakeHub:
 @pytest.fixture
 def hub(monkeypatch):
     fake = FakeHub()
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: fake)
     monkeypatch.setattr(publishing, "hf_api", lambda: fake)
     return fake
 
@@ -80,7 +79,52 @@ def test_only_the_end_is_uploaded_if_asked(tmp_path, hub):
     run.train()
     run.push_to_hub()
     assert [upload[3] for upload in hub.uploads] == ["Model after 6 steps"]
-    assert "offline-lmrl serve m" in (tmp_path / "README.md").read_text()
+    assert "offline-lmrl serve me/m\n" in (tmp_path / "README.md").read_text()
+
+
+def failed(*args, **kwargs):
+    done = Future()
+    done.set_exception(OSError("403 Forbidden\nmore"))
+    return done
+
+
+def test_a_failed_upload_is_a_warning_at_checkpoints_and_an_error_at_the_end(tmp_path, hub, monkeypatch, caplog):
+    monkeypatch.setattr(hub, "upload_folder", failed)
+    run = trainer(tmp_path / "run", save_strategy="steps", save_steps=6, push_to_hub=True)
+    run.train()
+    assert "me/run: the upload of " in caplog.text and "checkpoint-6 failed: 403 Forbidden" in caplog.text
+    with pytest.raises(InputError, match=r"^me/run: the upload failed \(403 Forbidden\)"):
+        run.save_model()
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_repository_that_cannot_be_created_is_refused_before_training(tmp_path, hub, monkeypatch):
+    def refused(*args, **kwargs):
+        raise OSError("401 Unauthorized\nmore")
+
+    monkeypatch.setattr(hub, "create_repo", refused)
+    with pytest.raises(InputError, match=r"^push_to_hub: found no repository run, .* \(401 Unauthorized\)$"):
+        trainer(tmp_path / "run", push_to_hub=True)
+
+
+def test_the_card_names_no_place_on_this_machine(tmp_path, hub):
+    write_trajectories(tmp_path / "train.jsonl", logs())
+    trainer(tmp_path / "base", algorithm="bc", max_steps=1).save_model()
+    run = trainer(
+        tmp_path / "run",
+        model=str(tmp_path / "base"),
+        data=str(tmp_path / "train.jsonl"),
+        max_steps=1,
+        push_to_hub=True,
+    )
+    run.train()
+    run.save_model()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert str(tmp_path) not in card and "base_model" not in card
+    assert "from base, 1 optimizer steps" in card and "| training | train.jsonl | 24 |" in card
+    assert "# me/run\n" in card
+    shown = {"few_shot": {"demonstrations": str(tmp_path / "train.jsonl")}}
+    assert publishing.changed_settings(ILQLConfig(**shown))["few_shot"]["demonstrations"] == "train.jsonl"
 
 
 def test_nothing_is_created_unless_asked(tmp_path, hub):

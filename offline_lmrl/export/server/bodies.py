@@ -8,7 +8,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.errors import InputError, require, shown
@@ -154,8 +155,9 @@ def _read(raw: bytes, form: type[_Body]) -> tuple[Any, dict[str, Any]]:
         given["stop"] = [given["stop"]]
     own, decoding = parameters_of(form), parameters_of(DecodingConfig)
     # OpenAI's clients send null for "not given"; of the run's own settings, null is a value: it switches them off.
-    nulls = {name for name, value in given.items() if value is None and (name in own or name in ("stop", "top_p"))}
-    values = arguments(own | decoding, {name: value for name, value in given.items() if name not in nulls})
+    off = {name for name, one in decoding.items() if NoneType in get_args(one.hint)} - {"top_p"}
+    given = {name: value for name, value in given.items() if value is not None or name not in {*own, *decoding} - off}
+    values = arguments(own | decoding, given)
     changes = {name: values.pop(name) for name in decoding if name in values}
     DecodingConfig(**changes)  # refuses a number out of range
     return form(**values), changes

@@ -15,8 +15,9 @@ from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-from offline_lmrl.decoding.batch import Request
+from offline_lmrl.decoding.batch import FAILED, Request
 from offline_lmrl.decoding.loop import SamplingLoop, TokenEvent
+from offline_lmrl.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class Job:
     async def tokens(self) -> AsyncIterator[Written]:
         """Yield the tokens of all replies as they are drawn, until every reply is finished.
 
-        Raises: Draining if the server cuts the job off; RuntimeError if the model fails.
+        Raises: Draining if the server cuts the job off; InputError if a probability is not a number; RuntimeError if
+          the model fails.
         """
         while self._left:
             found = await self._events.get()
@@ -187,8 +189,10 @@ class _Worker:
 
     def work(self) -> None:
         """Run until the engine stops."""
-        while self._receive(wait=not (self.rows or self.waiting)):
+        while True:
             try:
+                if not self._receive(wait=not (self.rows or self.waiting)):
+                    return
                 self._admit()
                 if self.rows:
                     self._step()
@@ -248,6 +252,9 @@ class _Worker:
             job, i = self.rows[event.row]
             if event.finished is not None:
                 del self.rows[event.row]
+            if event.finished == "failed":
+                found.append((job, InputError(FAILED)))
+                continue
             tokens = [event.token, *(token for token, _ in event.top)] if job.named else []
             found.append((job, Written(i, event, tuple(map(self.text_of, tokens)))))
         self.deliver(found)

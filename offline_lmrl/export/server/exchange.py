@@ -125,7 +125,7 @@ class Exchange:
         if self.answers is not None:
             self.service.engine.close(self.answers.job)
         if self.refusal is None and not self.is_done:
-            self.refusal = Refusal(CLIENT_GONE, "the client closed the connection")
+            self.refusal = _gone()
         status = 200 if self.refusal is None else self.refusal.status
         served = {"route": self.request.url.path, "status": status}
         error = {"error": self.refusal.message} if self.refusal else {}
@@ -136,6 +136,8 @@ class Exchange:
         if kind.partition(";")[0].strip().lower() != "application/json":
             # Also keeps web pages of other sites out, which can send other types without asking first.
             raise Refusal(415, f"content-type: found {shown(kind)}, expected application/json")
+        from starlette.requests import ClientDisconnect
+
         most = self.service.settings.max_body_bytes
         body = b""
         try:
@@ -148,6 +150,8 @@ class Exchange:
                         )
         except TimeoutError as error:
             raise Refusal(408, f"body: found no end after {BODY_SECONDS} s, expected a whole request") from error
+        except ClientDisconnect as error:
+            raise _gone() from error
         return body
 
     async def _unless_gone(self, work: Coroutine[Any, Any, None]) -> None:
@@ -159,11 +163,15 @@ class Exchange:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not tasks[0].done():
-                raise Refusal(CLIENT_GONE, "the client closed the connection")
+                raise _gone()
             tasks[0].result()
         finally:
             for task in tasks:
                 task.cancel()
+
+
+def _gone() -> Refusal:
+    return Refusal(CLIENT_GONE, "the client closed the connection")
 
 
 async def _disconnected(request: HTTPRequest) -> None:
@@ -182,7 +190,7 @@ def authorise(request: HTTPRequest, key: str | None) -> None:
     Raises: Refusal if it is not the right one.
     """
     sent = request.headers.get("authorization", "")
-    if key is not None and not secrets.compare_digest(sent.encode(), f"Bearer {key}".encode()):
+    if key is not None and not secrets.compare_digest(sent.encode("latin-1"), f"Bearer {key}".encode()):
         raise Refusal(
             401, "no right token, expected the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
         )

@@ -89,7 +89,8 @@ def reply_row(
 ) -> dict[str, Any]:
     """Return a reply as a row of a log: the messages, and the facts as further columns.
 
-    Token ids are kept where they are exact: not for a reply that a stop text ended, as they hold more than its text.
+    Token ids are kept where they are exact: not for a reply that a stop text ended, or that was given up, as they may
+    hold more than its text. If such a reply has no text either, there are no messages.
 
     Args:
       history: the turns before the reply.
@@ -101,7 +102,9 @@ def reply_row(
     """
     events = answer.events
     closed = bool(events) and events[-1].token in close_ids
-    exact = closed or answer.finished != "stop"
+    exact = closed or answer.finished == "length"
+    if not exact and not answer.text:
+        return dict(facts)
     ids = tuple(event.token for event in events) if exact else None
     log_prob = tuple(event.log_prob for event in events) if exact and sampled else None
     turn = Turn("assistant", answer.text, token_ids=ids, behaviour_log_prob=log_prob)

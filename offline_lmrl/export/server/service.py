@@ -85,6 +85,10 @@ class Service:
             asked.best_of == 1 or self.scorer is not None,
             f"best_of: found {asked.best_of}, expected 1, as this server was started without --scorer",
         )
+        require(
+            asked.best_of == 1 or asked.chat or all(isinstance(prompt, str) for prompt in asked.prompts),
+            "prompt: found token ids together with best_of, expected text, as the scorer reads text",
+        )
         most = self.settings.max_replies
         require(
             asked.replies <= most,

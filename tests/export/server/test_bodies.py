@@ -37,6 +37,7 @@ def test_openais_fields_and_the_runs_own_are_read_together():
 def test_null_means_not_given_for_openais_fields_and_off_for_the_runs_own():
     asked = chat(temperature=1, stop=None, top_p=None, seed=None, n=None, top_k=None, tools=None, response_format=None)
     assert asked.decoding == {"temperature": 1.0, "top_k": None} and (asked.n, asked.seed) == (1, None)
+    assert chat(temperature=None, beta=None, max_new_tokens=None, clip=None).decoding == {"clip": None}
 
 
 def test_fields_that_ask_for_nothing_are_accepted():
@@ -104,11 +105,11 @@ MALFORMED = {
     b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}': "image_url",
 }
 FIELDS = {
-    "temperature": ["hot", -1, float("nan"), True, [1]],
+    "temperature": ["hot", -1, float("nan"), True, [1], 1e39],
     "top_p": [0, 1.5],
     "top_k": [0, 1.5],
     "min_p": [2],
-    "beta": ["much", float("inf")],
+    "beta": ["much", float("inf"), -1e39],
     "support": [-0.1, 7],
     "clip": ["x"],
     "candidates": [0],

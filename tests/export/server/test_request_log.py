@@ -6,9 +6,14 @@ import os
 
 import pytest
 
+from offline_lmrl.decoding.loop import TokenEvent
 from offline_lmrl.errors import InputError
 from offline_lmrl.export.server import request_log
-from offline_lmrl.export.server.request_log import RequestLog
+from offline_lmrl.export.server.answers import Answer
+from offline_lmrl.export.server.engine import Written
+from offline_lmrl.export.server.request_log import RequestLog, reply_row
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.logs.trajectory import Turn
 
 
 def test_lines_are_appended(tmp_path):
@@ -62,3 +67,29 @@ def test_a_full_disk_leaves_whole_lines_and_is_said_once(tmp_path, monkeypatch, 
         log.write({"d": 4})
     assert path.read_text() == '{"a": 1}\n{"d": 4}\n'
     assert caplog.text.count("requests are answered without it") == 1
+
+
+@pytest.mark.parametrize(
+    "pieces, finished, ids",
+    [
+        (["a", "b"], "length", [1, 2]),
+        (["a", ""], "stop", None),  # by a stop text
+        (["a", ""], None, None),  # given up while text was held back
+        (["", ""], "stop", None),
+        (["", ""], None, None),
+    ],
+)
+def test_every_row_can_be_read_and_has_no_ids_beyond_its_text(tmp_path, pieces, finished, ids):
+    ends = [None, finished]
+    events = [
+        TokenEvent(0, i, -1.0, -1.0, text, end, []) for i, (text, end) in enumerate(zip(pieces, ends, strict=True), 1)
+    ]
+    answer = Answer([Written(0, event) for event in events])
+    row = reply_row([Turn("user", "hi")], answer, {9}, {"id": "x", "served": {"status": 200}}, True)
+    path = tmp_path / "served.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    if "".join(pieces):
+        (read,) = read_trajectories(path)
+        assert read.turns[-1].token_ids == (None if ids is None else tuple(ids))
+    else:
+        assert row == {"id": "x", "served": {"status": 200}}

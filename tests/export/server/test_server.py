@@ -18,6 +18,7 @@ from offline_lmrl.decoding.loop import JOIN_EVERY
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, generate_texts
 from offline_lmrl.decoding.reranking import BestOfN
 from offline_lmrl.decoding.scorers import FunctionScorer
+from offline_lmrl.errors import InputError
 from offline_lmrl.export.server.engine import Job
 from offline_lmrl.export.server.exchange import Exchange
 from offline_lmrl.logs.io import read_trajectories
@@ -243,7 +244,11 @@ def test_what_the_run_cannot_do_is_refused(server):
     ):
         status, _, answer = call(server, body={"messages": HELLO} | fields)
         assert (status, answer["error"]["message"][: len(reason)]) == (400, reason)
-    for body, reason in (({"prompt": [999_999]}, "outside the vocabulary"), ({"prompt": "a b " * 300}, "at most 244")):
+    for body, reason in (
+        ({"prompt": [999_999]}, "outside the vocabulary"),
+        ({"prompt": "a b " * 300}, "at most 244"),
+        ({"prompt": [1, 2], "best_of": 2}, "prompt: found token ids together with best_of"),
+    ):
         status, _, answer = call(server, "/v1/completions", body)
         assert status == 400 and reason in answer["error"]["message"]
 
@@ -279,6 +284,9 @@ def test_tokens_and_limits(policy):
         long = [{"role": "user", "content": "hats " * 30}]
         status, _, answer = call(server, body={"messages": long}, **right)
         assert status == 400 and "max_prompt_tokens" in answer["error"]["message"]
+    with running(policy, key="naïve") as server:
+        token = "Bearer naïve".encode().decode("latin-1")  # http.client sends latin-1
+        assert call(server, "/v1/models", method="GET", Authorization=token)[0] == 200
 
 
 def test_a_full_queue_is_answered_429(policy):
@@ -345,6 +353,50 @@ def test_a_failure_of_the_model_ends_its_requests_and_not_the_server(policy, cap
         status, _, answer = call(server, body={"messages": HELLO, "stream": True})
         assert status == 200 and '"type": "server_error"' in answer and "[DONE]" not in answer
         assert idle(server) == (0, 0, 0, 0)
+
+
+def test_an_extreme_setting_of_one_request_does_not_end_the_others(policy, server):
+    expected = [generated(policy, seed=i, max_new_tokens=60)[0] for i in range(3)]
+    with pytest.raises(InputError, match="found probabilities that are not numbers"):
+        policy.chat("hello", temperature=1e-40)
+    with ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(call, server, body={"messages": HELLO, "seed": i, "max_tokens": 60}) for i in range(3)]
+        broken = [{"temperature": 1e-40}, {"clip": -3e38, "beta": 4}, {"clip": -3e38, "stream": True}]
+        found = [pool.submit(call, server, body={"messages": HELLO, **fields}) for fields in broken]
+        for one, status in zip(found, (400, 400, 200), strict=True):
+            answered, _, answer = one.result()
+            assert answered == status and "found probabilities that are not numbers" in json.dumps(answer)
+        assert [one.result()[2]["choices"][0]["message"]["content"] for one in others] == expected
+    assert idle(server) == (0, 0, 0, 0)
+
+
+def test_a_failure_while_a_request_is_given_up_does_not_end_the_thread(policy):
+    with running(policy) as server:
+        worker, given_up = server.service.engine.worker, threading.Event()
+
+        def fail(rows):
+            given_up.set()
+            raise RuntimeError("out of memory")
+
+        step, worker.loop.cancel = worker.loop.step, fail
+        worker.loop.step = lambda: (time.sleep(0.05), step())[1]
+        leave(server, {"messages": HELLO, "max_tokens": 200, "stream": True}, None)
+        assert given_up.wait(10)
+        assert call(server, body={"messages": HELLO})[0] == 200
+        assert idle(server) == (0, 0, 0, 0)
+
+
+def test_a_client_that_leaves_amid_its_body_is_no_failure_of_the_server(policy, tmp_path, caplog):
+    log = tmp_path / "served.jsonl"
+    with running(policy, log=log) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+            connection.sendall("\r\n".join([*head, "Content-Length: 100", "", '{"mess']).encode())
+            time.sleep(0.2)
+        end = time.monotonic() + 10
+        while not log.read_text() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert json.loads(log.read_text())["served"]["status"] == 499 and not caplog.records
 
 
 def test_a_newcomer_gets_its_first_token_within_one_step_of_joining(policy):
