@@ -32,7 +32,9 @@ class ExportConfig:
     )
     n: int = setting(50, "Largest number of prompts.")
     scorer: str | None = setting(None, "Scorer that rewards the replies, as in `relabel`; null = no rewards.")
-    force: bool = setting(False, "Write an export too that misses a bound, that too few prompts judge, or that cannot be played here.")
+    force: bool = setting(
+        False, "Write an export too that misses a bound, that too few prompts judge, or that cannot be played here."
+    )
     device: str | None = setting(
         None, "Device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU."
     )
