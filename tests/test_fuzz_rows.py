@@ -52,7 +52,7 @@ SCORED = [
 
 
 def test_every_source_that_reads_a_file_is_tried():
-    no_file = {"maze", "toys", "wordle", "pref-gold"}
+    no_file = {"maze", "toys", "wordle", "pref-gold", "support"}
     assert set(ROWS) | {"deal-or-no-deal"} | no_file == set(SOURCES)
 
 
