@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="of the logs")
     parser.add_argument("--replies", type=int, default=2400, help="of each player")
+    parser.add_argument("--forms", nargs="*", default=["plain", "transformers", "vllm"], help="of the export")
     given = parser.parse_args()
     folder = given.folder.resolve()
     data, run = folder / "data", folder / "run"
@@ -275,7 +276,7 @@ def main() -> None:
         name: Played(sampled(one, prompts), sampled(one.with_decoding(temperature=0.0), first))
         for name, one in (("plain model", base), ("run", policy))
     }
-    for form in ("plain", "transformers", "vllm"):
+    for form in given.forms:
         if form == "vllm" and not ENGINES.exists():
             print("\nvllm: left out, as `make engines` has not been run")
             continue

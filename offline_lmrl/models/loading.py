@@ -25,6 +25,7 @@ from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.settings import nearest
 
 MOST_LAYERS = 10_000
+EXPORTED = ("heads.safetensors", "custom_generate/generate.py")  # in a folder of export/transformers.py
 
 
 def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: Any) -> PreTrainedModel:
@@ -128,13 +129,19 @@ def load_model(
         folder.
       dtype: dtype of the trunk; heads are always fp32.
       trust_remote_code: run code that comes with the model, as in transformers.
-    Raises: InputError if there is no model, if it is a reward model, if the config names heads whose weights are
-      missing, or if the heads on disk differ from `value_heads` in kind, number or utterance heads.
+    Raises: InputError if there is no model, if it is a reward model or an export for transformers, if the config names
+      heads whose weights are missing, or if the heads on disk differ from `value_heads` in kind, number or utterance
+      heads.
     """
     name = str(path_or_name)
     config, metadata = saved_model(name, trust_remote_code)
     if "reward" in metadata:
         raise InputError(f"model: {name}: found a reward model, expected a causal LM")
+    if all(Path(name, file).is_file() for file in EXPORTED):
+        raise InputError(
+            f"model: {name}: found an export for transformers, whose values only its own generate reads, expected the "
+            "run that it was made from"
+        )
     if config is None:
         base = load_model(adapter_base(name), dtype=dtype, trust_remote_code=trust_remote_code)
         return _with_adapter(name, metadata, base)

@@ -134,6 +134,7 @@ def test_every_figure_that_the_rows_give_is_drawn_twice_and_the_rest_named(drawn
     text, page = (drawn / "report.md").read_text(), (drawn / "report.html").read_text()
     not_drawn = text.partition("Figures not drawn")[2].partition("##")[0]
     assert re.findall(r"- ([^:]+):", not_drawn) == [
+        "Loss in training",
         "Proxy and gold score against √KL",
         "Data quality × method",
         "Accuracy and calibration of a reward model",

@@ -118,6 +118,11 @@ def test_beta_0_is_the_base_model_and_so_is_a_folder_without_trust(tied):
     assert tied.generated(beta=0.0) == tied.generated(tied.base) == tied.replies(beta=0.0)
 
 
+def test_this_package_refuses_the_folder_whose_values_it_does_not_read(tied):
+    with pytest.raises(InputError, match="found an export for transformers, .* expected the run"):
+        LanguagePolicy.load(tied.folder)
+
+
 def test_the_base_class_is_guided_by_an_argument(tied):
     given = {"custom_generate": str(tied.folder), "trust_remote_code": True}
     assert tied.generated(tied.base, **given) == tied.replies()
