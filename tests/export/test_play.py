@@ -15,12 +15,8 @@ from offline_lmrl.export.prompts import HeldOut
 from offline_lmrl.export.run import export_run
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.loading import load_model
-from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tasks.count import Count
-from offline_lmrl.tokens.rendering import Renderer
-from offline_lmrl.tokens.tokenizers import load_tokenizer
+from tests.export.real_run import save_real_run
 from tests.gates.small import SPEC, fitted
 from tests.smollm2 import FOLDER, needs_smollm2
 
@@ -95,22 +91,7 @@ def test_episodes_are_the_same_before_and_after_export(run, tmp_path):
 
 @needs_smollm2
 def test_a_real_chat_model_writes_the_same_before_and_after_export(tmp_path):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(FOLDER)
-    model = load_model(FOLDER, value_heads=ValueHeadsConfig("tied"))
-    form = {"beta": 4.0, "q_reduce": "min", "support": 0.02}  # as ILQL saves it
-    model.config.offline_lmrl |= {"algorithm": "ilql", "tokenizer": Renderer(tokenizer).fingerprint, "decoding": form}
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.01)
-        model.value_heads.target_q.map.normal_(std=0.01)
-    unfreeze_heads(model)
-    model.save_pretrained(tmp_path / "run")
-    save_heads(model, tmp_path / "run")
-    tokenizer.save_pretrained(tmp_path / "run")
+    save_real_run(tmp_path / "run", adapter=True)
     with pytest.raises(InputError, match="q_reduce min, support 0.02, .*--q_reduce mean --support 0, or"):
         export_run(tmp_path / "run", tmp_path / "plain")
     exact = {"q_reduce": "mean", "support": 0.0, "temperature": 0.0}
@@ -121,7 +102,7 @@ def test_a_real_chat_model_writes_the_same_before_and_after_export(tmp_path):
     policy, changed = LanguagePolicy.load(tmp_path / "run", **exact, max_new_tokens=24), 0
     for history, reply in zip(histories, policy.start([0] * 4).reply(range(4), histories), strict=True):
         message = {"role": "user", "content": history[0].content}
-        prompt = tokenizer.apply_chat_template(
+        prompt = policy.renderer.tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         after, before = (m.generate(**prompt, max_new_tokens=24, do_sample=False)[0] for m in (plain, own))
