@@ -27,8 +27,8 @@ import torch
 
 from offline_lmrl import LanguagePolicy
 from offline_lmrl.evaluation.metrics import mean_interval
-from offline_lmrl.evaluation.replies import is_broken, least_likely
 from offline_lmrl.logs.protocols import Reply
+from offline_lmrl.logs.replies import is_broken, least_likely
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.tasks.support import Support, asks_back
 
@@ -199,7 +199,7 @@ def log_probs(base: LanguagePolicy, prompts: Sequence[Sequence[Turn]], answers: 
 
 
 def broken(base: LanguagePolicy, answers: Sequence[Answer], numbers: Sequence[float], limit: float) -> float:
-    """Return the share of broken replies (offline_lmrl/evaluation/replies.py)."""
+    """Return the share of broken replies (offline_lmrl.logs.replies.py)."""
     count = 0
     for answer, number in zip(answers, numbers, strict=True):
         tokens = base.renderer.tokenizer(answer.text, add_special_tokens=False)["input_ids"]

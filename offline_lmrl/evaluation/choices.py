@@ -23,8 +23,8 @@ from offline_lmrl.evaluation.metrics import Cells, Estimate, mean_interval
 from offline_lmrl.evaluation.offline import LoggedTokens, guidance_by_beta, measure_logs
 from offline_lmrl.evaluation.ranking import RankAgreement, rank_agreement
 from offline_lmrl.evaluation.realised import ask_log_prob, realised_advantage
-from offline_lmrl.evaluation.replies import distinct, is_broken, least_likely, repeats
 from offline_lmrl.logs.protocols import Reply
+from offline_lmrl.logs.replies import distinct, is_broken, least_likely, repeats
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, with_own_token_ids
 
 PROMPTS = 50

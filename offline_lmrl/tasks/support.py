@@ -6,7 +6,6 @@ chat model learns from 400 such chats in minutes (configs/support/).
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from offline_lmrl.environments.scripted import check_episodes
 from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.replies import repeats
 from offline_lmrl.logs.trajectory import Turn
 
 TURNS = 2  # replies of the agent in a chat
@@ -21,7 +21,6 @@ ASKED_SHARE = 0.25  # share of the logged replies that ask back
 RATED_SHARE = 0.8  # share of the logged replies with a thumb
 WRONG_SHARE = 0.05  # share of the thumbs that contradict the rule
 FEWEST_WORDS = 4  # of a question
-LOOP, LOOPS = 4, 4  # a text that repeats the same four words four times or more is broken
 
 
 class Problem(NamedTuple):
@@ -130,9 +129,7 @@ def asks_back(text: str) -> bool:
 
     A text in which the same four words in a row occur four times or more does not count.
     """
-    words = text.lower().split()
-    runs = Counter(tuple(words[i : i + LOOP]) for i in range(len(words) - LOOP + 1))
-    if max(runs.values(), default=0) >= LOOPS:
+    if repeats(text.lower().split()):
         return False
     questions = (part for part in re.findall(r"[^.!?\n]*[.!?\n]", text) if part.endswith("?"))
     return any(len(re.findall(r"[a-z']+", question.lower())) >= FEWEST_WORDS for question in questions)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from offline_lmrl.evaluation.replies import distinct, is_broken, least_likely, repeats
 from offline_lmrl.logs.protocols import Reply
+from offline_lmrl.logs.replies import distinct, is_broken, least_likely, repeats
 
 
 def test_a_repetition_is_one_sequence_of_four_tokens_four_times():
