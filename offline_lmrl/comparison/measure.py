@@ -300,8 +300,11 @@ def learning_curve(metrics: Sequence[Row]) -> list[Row]:
     Returns: one mapping per iteration: `environment_steps` and `reward_queries` so far; `score`, the mean over the
       iteration's episodes; and `kl`, their KL(policy ‖ start policy) in nats per episode.
     """
-    rows = [{name: row[name] for name in CURVE} for row in metrics if "environment_steps" in row]
-    # k = ⌈len / CURVE_POINTS⌉, or 1 if there are no rows
+    return _thinned([{name: row[name] for name in CURVE} for row in metrics if "environment_steps" in row])
+
+
+def _thinned(rows: list[Row]) -> list[Row]:
+    """Return every k-th row, with k = ⌈len / CURVE_POINTS⌉, or 1 if there are no rows."""
     return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
 
 
@@ -315,13 +318,14 @@ def training_curve(metrics: Sequence[Row]) -> list[Row]:
     names = {"loss/policy": "loss", "eval_loss/policy": "held_out"}
     if not any("loss/policy" in row for row in metrics):
         names = {"loss": "loss", "eval_loss": "held_out"}  # the loss has one part
-    rows = [
-        {"step": row["step"], title: row[name]}
-        for row in metrics
-        for name, title in names.items()
-        if name in row and "environment_steps" not in row
-    ]
-    return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
+    return _thinned(
+        [
+            {"step": row["step"], title: row[name]}
+            for row in metrics
+            for name, title in names.items()
+            if name in row and "environment_steps" not in row
+        ]
+    )
 
 
 def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -29,6 +29,12 @@ SHOWN = 300  # characters of a reply
 STEP_WIDTH, WIDTH = 9, 7  # characters of the first and of every other column
 
 
+def commands_after(evaluate: str) -> tuple[str, ...]:
+    """Return the commands for a finished run of a policy, after `offline-lmrl`; `evaluate` is the one that measures."""
+    export = "export {run} --to transformers --output FOLDER"
+    return ("generate {run} --chat", evaluate, export, "serve {run}", "plot {run}")
+
+
 def brief(value: float | None) -> str:
     """Return a number in at most 7 characters: two or three digits, with a power of ten if it is small or large."""
     if value is None:

@@ -41,7 +41,7 @@ from offline_lmrl.training.checkpoint import (
     stopped,
 )
 from offline_lmrl.training.config import BaseConfig
-from offline_lmrl.training.display import TrainingDisplay
+from offline_lmrl.training.display import TrainingDisplay, commands_after
 from offline_lmrl.training.metrics import append_metrics, keep_metrics_until
 from offline_lmrl.training.publishing import CARD, create_repository, model_card, model_files, upload
 
@@ -181,14 +181,7 @@ class LoopTrainer:
 
     algorithm = ""
     regime = "environment"
-    # Commands for a finished run, after `offline-lmrl`.
-    next_commands: tuple[str, ...] = (
-        "generate {run} --chat",
-        "evaluate play {run} --environment NAME",
-        "export {run} --to transformers --output FOLDER",
-        "serve {run}",
-        "plot {run}",
-    )
+    next_commands: tuple[str, ...] = commands_after("evaluate play {run} --environment NAME")
     signals: Signals | None = None  # training stops at these, after writing a checkpoint
     outcome: Mapping[str, float] = MappingProxyType({})  # measurements at the end of training; there are none
 

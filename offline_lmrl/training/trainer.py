@@ -43,6 +43,7 @@ from offline_lmrl.tokens.few_shot import encode_few_shot
 from offline_lmrl.training.checkpoint import CheckpointedTrainer
 from offline_lmrl.training.completions import LogCompletions, prompts_of
 from offline_lmrl.training.config import BaseConfig, GuidedConfig, OfflineConfig
+from offline_lmrl.training.display import commands_after
 from offline_lmrl.training.loading import EvenBatches, LengthGroupedSampler, collate_even
 from offline_lmrl.training.metrics import Averages, LastStep, MetricsFile, batch_moments, ratio_interval
 from offline_lmrl.training.publishing import model_card, sources
@@ -101,14 +102,7 @@ class BaseTrainer(CheckpointedTrainer):
     Raises: InputError if one process has several GPUs, or if model, data and settings do not fit together.
     """
 
-    # Commands for a finished run, after `offline-lmrl`.
-    next_commands: tuple[str, ...] = (
-        "generate {run} --chat",
-        "evaluate logs {run} --data HELD_OUT.jsonl",
-        "export {run} --to transformers --output FOLDER",
-        "serve {run}",
-        "plot {run}",
-    )
+    next_commands: tuple[str, ...] = commands_after("evaluate logs {run} --data HELD_OUT.jsonl")
     regime = "labels only"
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of all micro-batches, so Trainer must not
     algorithm = ""
@@ -161,7 +155,7 @@ class BaseTrainer(CheckpointedTrainer):
         self.add_callback(MetricsFile())
         self.add_callback(self.display)  # after the file, from which it reads the summary
         self.add_callback(LastStep())
-        self._freeze_unreached()
+        _freeze_unreached(self)
 
     # Methods for algorithms to define.
 
@@ -209,19 +203,6 @@ class BaseTrainer(CheckpointedTrainer):
             return args.max_steps
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return math.ceil(-(-len(self.train_dataset) // rows) * args.num_train_epochs)
-
-    def _freeze_unreached(self) -> None:
-        """Freeze parameters that get no gradient from the loss.
-
-        They are found by one forward pass on the longest row, because some parts of a model are used for long texts
-        only.
-        """
-        batch = self.train_dataset.batch([int(self.train_dataset.lengths.argmax())])
-        batch = send_to_device(batch, self.model.device)
-        with probing(self.model), torch.random.fork_rng():
-            loss = self.losses(self.outputs(self.model, batch), batch)[0].sum()
-        if freeze_unreached(self.model, loss) and self.accelerator.ddp_handler is not None:
-            self.accelerator.ddp_handler.find_unused_parameters = True
 
     def get_train_dataloader(self) -> DataLoader:
         """Return Trainer's loader, changed so that each row goes to exactly one rank."""
@@ -274,26 +255,54 @@ class BaseTrainer(CheckpointedTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Compute the mean loss and metrics of the whole data set, independent of batch size and number of ranks."""
-        averages, dataset, size = Averages(), dataloader.dataset, self.args.eval_batch_size
-        moments = torch.zeros(6, device=self.args.device)
-        model = self._wrap_model(self.model, training=False).eval()
-        starts = range(0, len(dataset), size)
-        turns = -(-len(starts) // self.args.world_size)
-        for turn in tracked(range(turns), description.lower(), turns):
-            number = turn * self.args.world_size + self.args.process_index
-            # Sharded models need every rank to run forward equally often; a surplus pass is not counted.
-            start = starts[number % len(starts)]
-            batch = self._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
-            with self.compute_loss_context_manager():
-                per_item, logged = self.losses(self.outputs(model, batch), batch)
-            averages.add({"loss": per_item, **logged}, count=number < len(starts))
-            moments += batch_moments(per_item) * (number < len(starts))
-        metrics = averages.take(self.accelerator, f"{metric_key_prefix}_")
-        interval = ratio_interval(*self.accelerator.reduce(moments, "sum").tolist())
-        if interval is not None:
-            metrics[f"{metric_key_prefix}_loss_low"], metrics[f"{metric_key_prefix}_loss_high"] = interval
+        """Measure the whole data set (`_held_out_metrics`)."""
+        dataset = dataloader.dataset
+        metrics = _held_out_metrics(self, dataset, description.lower(), f"{metric_key_prefix}_")
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
+
+
+def _freeze_unreached(trainer: BaseTrainer) -> None:
+    """Freeze parameters that get no gradient from the loss.
+
+    They are found by one forward pass on the longest row, because some parts of a model are used for long texts only.
+    """
+    batch = trainer.train_dataset.batch([int(trainer.train_dataset.lengths.argmax())])
+    batch = send_to_device(batch, trainer.model.device)
+    with probing(trainer.model), torch.random.fork_rng():
+        loss = trainer.losses(trainer.outputs(trainer.model, batch), batch)[0].sum()
+    if freeze_unreached(trainer.model, loss) and trainer.accelerator.ddp_handler is not None:
+        trainer.accelerator.ddp_handler.find_unused_parameters = True
+
+
+def _held_out_metrics(trainer: BaseTrainer, dataset: PackedDataset, title: str, prefix: str) -> dict[str, float]:
+    """Compute the mean loss and metrics of a whole data set, independent of batch size and number of ranks.
+
+    Args:
+      trainer: computes the losses.
+      dataset: the data.
+      title: text before the progress bar.
+      prefix: text before each name.
+    Returns: the metrics, and with enough batches `loss_low` and `loss_high`, the 95 % interval of the loss.
+    """
+    averages, size, ranks = Averages(), trainer.args.eval_batch_size, trainer.args.world_size
+    moments = torch.zeros(6, device=trainer.args.device)
+    model = trainer._wrap_model(trainer.model, training=False).eval()
+    starts = range(0, len(dataset), size)
+    turns = -(-len(starts) // ranks)
+    for turn in tracked(range(turns), title, turns):
+        number = turn * ranks + trainer.args.process_index
+        # Sharded models need every rank to run forward equally often; a surplus pass is not counted.
+        start = starts[number % len(starts)]
+        batch = trainer._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
+        with trainer.compute_loss_context_manager():
+            per_item, logged = trainer.losses(trainer.outputs(model, batch), batch)
+        averages.add({"loss": per_item, **logged}, count=number < len(starts))
+        moments += batch_moments(per_item) * (number < len(starts))
+    metrics = averages.take(trainer.accelerator, prefix)
+    interval = ratio_interval(*trainer.accelerator.reduce(moments, "sum").tolist())
+    if interval is not None:
+        metrics[f"{prefix}loss_low"], metrics[f"{prefix}loss_high"] = interval
+    return metrics
 
 
 class Logs(NamedTuple):
