@@ -117,6 +117,11 @@ class Failed(RuntimeError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def _as_input_error(message_of: Callable[[str], str]) -> Iterator[None]:
     """Context manager: turn any exception into an InputError; `message_of` maps its first line to the message."""
@@ -125,8 +130,7 @@ def _as_input_error(message_of: Callable[[str], str]) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(message_of(first)) from error
+        raise InputError(message_of(first_line(error))) from error
 
 
 @contextmanager

@@ -190,7 +190,7 @@ class Form:
 
     @property
     def kind(self) -> tuple:
-        """What two rows need to have in common to be in one batch: the settings that are not in PER_ROW, and an order.
+        """The settings that rows of one batch need to share: those that are not in PER_ROW, and an order of columns.
 
         With `candidates` or `top_k`, guided rows have their most probable token first (`_possible`), and the order
         decides which token a random number draws.

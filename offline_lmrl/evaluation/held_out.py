@@ -25,9 +25,7 @@ from offline_lmrl.ops.intervals import student_t
 
 FOLDS = 5
 PENALTIES = 10.0 ** np.arange(-2, 5)  # λ, in units of the mean squared norm of the features
-LIMIT = (
-    4.0  # standard deviations to which features are cut, so that replies unlike any logged one are not extrapolated
-)
+LIMIT = 4.0  # standard deviations to which features are cut, so as not to extrapolate to replies unlike any logged one
 CONSTANT = 1e-6  # features with a smaller standard deviation are not used
 
 

@@ -21,6 +21,7 @@ from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.step_outputs import TOKEN_BUDGET, States, compute_step_outputs
+from offline_lmrl.ops.policy_gradient import kl_exact
 from offline_lmrl.tokens.episodes import ReturnIdsFor
 from offline_lmrl.tokens.experience import Experience
 from offline_lmrl.tokens.few_shot import Ids, encode_few_shot
@@ -123,9 +124,9 @@ def measure_logs(
 def _requested(policy: LanguagePolicy, ask: float | str, trajectory: Trajectory) -> list[Ids]:
     """Return the ids of the requested return for each agent turn of a log, and for the turn that would follow it."""
     returns = policy.return_tokens
-    asked = returns.scale.named_ask(ask, policy.task) if isinstance(ask, str) else ask
     rewards = [turn.reward for turn in trajectory.turns if turn.is_trainable]
-    return [returns.ids(value, policy.task) for value in returns.remaining(asked, rewards)]
+    remaining = returns.remaining(returns.scale.value_of(ask, policy.task), rewards)
+    return [returns.ids(value, policy.task) for value in remaining]
 
 
 def few_shot_of_logs(
@@ -179,21 +180,22 @@ def _measured(policy: LanguagePolicy, betas: Sequence[float], states: States) ->
     """
     form, log_prob = policy.decoding, states.logits.log_softmax(-1)
     plain = (states.logits / (form.temperature or 1.0)).log_softmax(-1)
-    action = states.steps["action"].unsqueeze(-1)
     kl, changed, guided_log_prob = log_prob.new_zeros(3, len(log_prob), len(betas))
-    for i, beta in enumerate(betas):
+    acting: dict[float, Tensor] = {}
+    # A distribution covers the vocabulary, so that of each β is computed once, also where β is the policy's own or 0.
+    for beta in dict.fromkeys([*betas, 0.0, form.beta]):
         guided = states.distribution(replace(form, beta=beta))
-        # A token that filters dropped has guided = −∞ and adds 0 · log 0 = 0; the mask avoids 0 · −∞ = NaN.
-        kl[:, i] = (guided.exp() * (guided - plain).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
-        changed[:, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
-        guided_log_prob[:, i] = _drawn_from(form, guided).gather(-1, action).squeeze(-1)
-    unguided = _drawn_from(form, states.distribution(replace(form, beta=0.0)))
+        acting[beta] = states.of_action(_drawn_from(form, guided))
+        for i in (i for i, one in enumerate(betas) if one == beta):
+            kl[:, i] = kl_exact(guided, plain)
+            changed[:, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
+            guided_log_prob[:, i] = acting[beta]
     found = {
-        "log_prob": log_prob.gather(-1, action).squeeze(-1),
-        "acting_log_prob": acting_log_prob(policy, states).gather(-1, action).squeeze(-1),
+        "log_prob": states.of_action(log_prob),
+        "acting_log_prob": acting[form.beta],
         "kl": kl,
         "changed": changed,
-        "unguided_log_prob": unguided.gather(-1, action).squeeze(-1),
+        "unguided_log_prob": acting[0.0],
         "guided_log_prob": guided_log_prob,
     }
     if policy.model.value_heads is not None:

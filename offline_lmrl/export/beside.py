@@ -22,13 +22,13 @@ from offline_lmrl.decoding.sampler import Sampler
 from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.decoding.texts import TextStream
 from offline_lmrl.evaluation.metrics import mean_interval
-from offline_lmrl.evaluation.replies import repeats
 from offline_lmrl.export.prompts import PromptIds, Prompts
 from offline_lmrl.logs.preferences import score_rows
+from offline_lmrl.logs.replies import repeats
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import part_of
 from offline_lmrl.models.step_outputs import States, compute_step_outputs
-from offline_lmrl.tokens.batching import token_rows
+from offline_lmrl.tokens.batching import reply_rows, token_rows
 
 IDENTICAL = "identical greedy replies"
 LENGTH = "tokens per reply"
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def found(self) -> str:
-        """What the bound is about, in words."""
+        """The measure and its value, or the difference from the run, for messages."""
         return f"{self.name} {f'with export − run {self.apart}' if self.difference else f'{self.export:.4g}'}"
 
     def cells(self) -> list[str]:
@@ -260,7 +260,7 @@ class Trial:
 
         def measure(states: States) -> Mapping[str, torch.Tensor]:
             log_prob = states.distribution(self.greedy)
-            return {"gap": log_prob.amax(-1) - _of_action(log_prob, states)}
+            return {"gap": log_prob.amax(-1) - states.of_action(log_prob)}
 
         data = token_rows(rows, [[len(row) - 2] for row in rows])
         return compute_step_outputs(self.policy.model, data, measure=measure).measured["gap"].tolist()
@@ -302,7 +302,7 @@ class Trial:
         return reduce_q(states.q_of_action(), self.decoding.q_reduce)
 
     def _log_prob(self, states: States) -> torch.Tensor:
-        return _of_action(states.distribution(self.decoding), states)
+        return states.of_action(states.distribution(self.decoding))
 
     def _per_token(
         self,
@@ -311,14 +311,7 @@ class Trial:
         measure: Callable[[States], torch.Tensor],
     ) -> list[float]:
         """Return the mean over the tokens of each reply of what `measure` computes for them."""
-        rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
-        states = [range(len(prompt) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
-        data = token_rows(rows, states)
+        data = reply_rows(zip(prompts, replies, strict=True))
         found = compute_step_outputs(self.policy.model, data, measure=lambda s: {"value": measure(s)})
         parts = np.split(found.measured["value"], np.cumsum([len(reply) for reply in replies])[:-1])
         return [float(part.mean()) for part in parts]
-
-
-def _of_action(table: torch.Tensor, states: States) -> torch.Tensor:
-    """Return the entries of a table over states and tokens, (N,V), for the tokens that were chosen, (N,)."""
-    return table.gather(-1, states.steps["action"].unsqueeze(-1)).squeeze(-1)

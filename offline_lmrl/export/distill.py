@@ -42,8 +42,9 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import as_guided
 from offline_lmrl.models.plain import plain
 from offline_lmrl.models.step_outputs import CHUNK, States, packed_logits, split_rows
+from offline_lmrl.ops.policy_gradient import kl_exact
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.batching import TokenBatch, token_rows
+from offline_lmrl.tokens.batching import TokenBatch, reply_rows
 
 WARM_UP = 0.05  # share of the steps in which the learning rate rises; it then falls linearly to a tenth
 MEASURED = 200  # own replies on which the bounds are measured
@@ -144,8 +145,7 @@ def divergence(
         log_p = states.distribution(decoding)
     logits, _ = packed_logits(student, *where, **own)
     log_q = (logits.float() / divisor(decoding.temperature)).log_softmax(-1)
-    kl = (log_p.exp() * (log_p.masked_fill(log_p == -torch.inf, 0.0) - log_q)).sum(-1)
-    return kl, states, log_p, log_q
+    return kl_exact(log_p, log_q), states, log_p, log_q
 
 
 def measure(policy: LanguagePolicy, exported: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Row]:
@@ -171,8 +171,7 @@ def measure(policy: LanguagePolicy, exported: PreTrainedModel, prompts: Sequence
             q = reduce_q(states.q(), policy.decoding.q_reduce)
             # Q of tokens that the run never chooses is not known to anybody, so q is taken within the others.
             within = log_q.masked_fill(log_p == -torch.inf, -torch.inf).softmax(-1)
-            taken = q.gather(-1, states.steps["action"].unsqueeze(-1)).squeeze(-1)
-            found.append((kl, ((within - log_p.exp()) * q).sum(-1), taken))
+            found.append((kl, ((within - log_p.exp()) * q).sum(-1), states.of_action(q)))
     kl, shift, q = ([values.double().cpu().numpy() for values in column] for column in zip(*found, strict=True))
     groups = [i % len(prompts) for i in range(count)]
     per_token = float(np.concatenate(kl).mean())
@@ -257,9 +256,7 @@ def plain_decoding(decoding: DecodingConfig) -> DecodingConfig:
 
 
 def _batch(texts: Sequence[Text], device: torch.device) -> TokenBatch:
-    rows = [[*prompt, *reply] for prompt, reply in texts]
-    states = [range(len(prompt) - 1, len(row) - 1) for (prompt, _), row in zip(texts, rows, strict=True)]
-    return send_to_device(token_rows(rows, states).batch(range(len(rows))), device)
+    return send_to_device(reply_rows(texts).batch(range(len(texts))), device)
 
 
 def _endless(texts: Sequence[Text], rng: random.Random) -> Iterator[Text]:

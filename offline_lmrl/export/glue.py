@@ -57,7 +57,7 @@ class Heads:
 
 
 def generate(inputs=None, generation_config=None, logits_processor=None, *, model, beta=None, ask=None, **arguments):
-    """As `generate` of the class. beta: a number, or B of them. ask: a return, "max", or "p0" to "p100"."""
+    """Generate as the class does. beta: a number, or B of them. ask: a return, "max", or "p0" to "p100"."""
     heads = model.guidance_heads = vars(model).get("guidance_heads") or Heads(model)
     run, config = heads.run, copy.deepcopy(generation_config) or GenerationConfig()
     arguments = {"input_ids": inputs} | config.update(**arguments)  # those that are not in the config

@@ -45,12 +45,12 @@ from offline_lmrl.export.folder import EXAMPLE, prompt_section, set_generation, 
 from offline_lmrl.export.forms import Request, Written, formula, samples_alike
 from offline_lmrl.export.playing import GeneratePlayer
 from offline_lmrl.export.prompts import data_of_run, encode_prompts
-from offline_lmrl.export.returns import add_return_tokens, return_names
+from offline_lmrl.export.returns import add_return_tokens, return_names, returns_section
 from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.step_outputs import compute_step_outputs
 from offline_lmrl.tokens.batching import token_rows
-from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTokens, texts_of
+from offline_lmrl.tokens.conditioning import texts_of
 from offline_lmrl.tokens.windows import WindowRule, policy_window
 
 TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ between checkpoint and run
@@ -467,50 +467,5 @@ def _card(
         *(f"- {line}" for line in report),
         "",
         *prompt_section(policy, saved, example),
-        *_returns_card(policy, saved.get("returns"), decoding.ask, returns),
+        *returns_section(policy, saved.get("returns"), decoding.ask, returns),
     ]
-
-
-def _returns_card(
-    policy: LanguagePolicy, block: Mapping[str, Any] | None, ask: float | str | None, tokens: Sequence[str]
-) -> list[str]:
-    if block is None:
-        return []
-    return_tokens = policy.return_tokens
-    texts = tokens[1:] or list(map(repr, texts_of(block)))
-    none = f"`{tokens[0]}`" if tokens else "nothing"
-    lines = [
-        "",
-        "## Returns",
-        "",
-        "Before each agent turn, the next one and earlier ones, the prompt has the text of the requested return, "
-        f"as in the example above, or {none} if no return is requested. After a turn that earned r, the requested "
-        f"return R becomes (R − r) / {return_tokens.discount_per_turn:g}; the text before an earlier turn "
-        "stays unchanged.",
-    ]
-    if tokens:
-        lines[-1] += (
-            " `generation_config.json` suppresses these tokens in replies; engines that do not read "
-            "`suppress_tokens` must be configured to suppress them."
-        )
-    lines += [
-        "",
-        f"The run requests: {_asked(return_tokens, ask, texts)}. Returns in the training data, in reward units:",
-        "",
-        "| task | text | from | to | training turns |",
-        "|---|---|---|---|---|",
-    ]
-    for task, table in return_tokens.scale.tables.items():
-        bounds = [table.least, *table.edges, table.most]
-        rows = zip(texts, bounds, bounds[1:], table.counts, strict=False)  # the finest table has all bins
-        lines += [f"| {task} | `{text}` | {low:g} | {high:g} | {count} |" for text, low, high, count in rows]
-    return lines
-
-
-def _asked(return_tokens: ReturnTokens, ask: float | str | None, texts: Sequence[str]) -> str:
-    if isinstance(ask, str) and not ASK_NAMES.fullmatch(ask):
-        return f"{ask}, which is computed by heads that this checkpoint does not have: choose a return"
-    if ask is None or return_tokens.scale.per == "task":
-        return "none" if ask is None else f"{ask} of the task"
-    value = return_tokens.scale.named_ask(ask) if isinstance(ask, str) else ask
-    return f"{ask}, `{texts[return_tokens.scale.bin_of(value)]}`"

@@ -13,7 +13,7 @@ from offline_lmrl.logs.io import holds_comparisons, read_comparisons, read_traje
 from offline_lmrl.logs.prompts import read_prompts
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.logs.yaml_text import read_yaml
-from offline_lmrl.tokens.conditioning import STATE_ASKS, ReturnTokens
+from offline_lmrl.tokens.conditioning import STATE_ASKS
 from offline_lmrl.tokens.windows import Ids, policy_window
 
 REMEDY = "give --prompts FILE, with one prompt per line"
@@ -150,9 +150,4 @@ def requested_ids(policy: LanguagePolicy, ask: float | str | None) -> Ids:
     tokens = policy.return_tokens
     if ask is not None and (tokens.scale.per == "task" or STATE_ASKS.fullmatch(str(ask))):
         return tokens.bins[-1]
-    return tokens.ids(requested_return(tokens, ask))
-
-
-def requested_return(tokens: ReturnTokens, ask: float | str | None) -> float | None:
-    """Return a requested return as a number; None = no return is requested."""
-    return tokens.scale.named_ask(ask) if isinstance(ask, str) else ask
+    return tokens.ids(tokens.scale.value_of(ask))

@@ -1,12 +1,15 @@
-"""Requested returns in an export: special tokens whose rows in the model's own embedding are those of the run."""
+"""Requested returns in an export: special tokens whose rows in the model's own embedding are those of the run, and
+what its card says of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
-from offline_lmrl.tokens.conditioning import ReturnTokens
+from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTokens, texts_of
 
 
 def return_names(count: int) -> list[str]:
@@ -48,3 +51,55 @@ def without_requests(ids: Sequence[int], tokens: ReturnTokens | None, opening: S
         del found[start : start + len(request)]
         start += 1
     return found
+
+
+def returns_section(
+    policy: LanguagePolicy, block: Mapping[str, Any] | None, ask: float | str | None, tokens: Sequence[str]
+) -> list[str]:
+    """Return the lines of a model card that say how a return is requested; [] for a run without returns.
+
+    Args:
+      policy: the run.
+      block: the entry `returns` of its run metadata; None = it has none.
+      ask: the return that the run requests.
+      tokens: texts of the special tokens that request a return, as for `return_names`; empty if text does.
+    """
+    if block is None:
+        return []
+    return_tokens = policy.return_tokens
+    texts = tokens[1:] or list(map(repr, texts_of(block)))
+    none = f"`{tokens[0]}`" if tokens else "nothing"
+    lines = [
+        "",
+        "## Returns",
+        "",
+        "Before each agent turn, the next one and earlier ones, the prompt has the text of the requested return, "
+        f"as in the example above, or {none} if no return is requested. After a turn that earned r, the requested "
+        f"return R becomes (R − r) / {return_tokens.discount_per_turn:g}; the text before an earlier turn "
+        "stays unchanged.",
+    ]
+    if tokens:
+        lines[-1] += (
+            " `generation_config.json` suppresses these tokens in replies; engines that do not read "
+            "`suppress_tokens` must be configured to suppress them."
+        )
+    lines += [
+        "",
+        f"The run requests: {_asked(return_tokens, ask, texts)}. Returns in the training data, in reward units:",
+        "",
+        "| task | text | from | to | training turns |",
+        "|---|---|---|---|---|",
+    ]
+    for task, table in return_tokens.scale.tables.items():
+        bounds = [table.least, *table.edges, table.most]
+        rows = zip(texts, bounds, bounds[1:], table.counts, strict=False)  # the finest table has all bins
+        lines += [f"| {task} | `{text}` | {low:g} | {high:g} | {count} |" for text, low, high, count in rows]
+    return lines
+
+
+def _asked(return_tokens: ReturnTokens, ask: float | str | None, texts: Sequence[str]) -> str:
+    if isinstance(ask, str) and not ASK_NAMES.fullmatch(ask):
+        return f"{ask}, which is computed by heads that this checkpoint does not have: choose a return"
+    if ask is None or return_tokens.scale.per == "task":
+        return "none" if ask is None else f"{ask} of the task"
+    return f"{ask}, `{texts[return_tokens.scale.bin_of(return_tokens.scale.value_of(ask))]}`"

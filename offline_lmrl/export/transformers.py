@@ -34,7 +34,7 @@ from offline_lmrl.export.beside import Row, RunPlayer
 from offline_lmrl.export.folder import set_generation, tokenizer_of
 from offline_lmrl.export.forms import Request, Written, formula, samples_alike
 from offline_lmrl.export.playing import GeneratePlayer
-from offline_lmrl.export.prompts import encode_prompts, requested_return
+from offline_lmrl.export.prompts import encode_prompts
 from offline_lmrl.export.returns import add_return_tokens, without_requests
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import part_of
@@ -166,7 +166,7 @@ def run_settings(policy: LanguagePolicy, decoding: DecodingConfig) -> dict[str, 
     table = tokens.scale.table()
     return settings | {
         "requests": [list(tokens.null), *map(list, tokens.bins)],
-        "ask": requested_return(tokens, decoding.ask),
+        "ask": tokens.scale.value_of(decoding.ask),
         "edges": list(table.edges),
         "quantiles": {f"p{i}": value for i, value in enumerate(table.quantiles)} | {"max": table.quantiles[-1]},
         "opening": list(policy.renderer.agent_opening),

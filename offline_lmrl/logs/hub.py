@@ -7,7 +7,7 @@ to be refused.
 import os
 from pathlib import Path
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, first_line
 
 
 def ask_hub(name: str | Path, what: str, file: str) -> None:
@@ -46,8 +46,7 @@ def ask_hub(name: str | Path, what: str, file: str) -> None:
     except EntryNotFoundError:  # the repository is there; the library will say which file it lacks
         return
     except Exception as error:  # no network, no such repository, no permission
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{name}: found no such folder, and no {what} of that name could be loaded from the hub ({first}), "
-            "expected one of them"
+            f"{name}: found no such folder, and no {what} of that name could be loaded from the hub "
+            f"({first_line(error)}), expected one of them"
         ) from error

@@ -26,7 +26,7 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from offline_lmrl.errors import InputError, reading, require, shown
+from offline_lmrl.errors import InputError, first_line, reading, require, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison import to_record as comparison_record
 from offline_lmrl.logs.files import ASIDE, staging, sweep, sync, writing
@@ -615,9 +615,9 @@ def _hub_parts(name: str, split: str | None) -> dict[str, RawRows]:
     try:
         loaded = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{name}: found no file or folder, and no dataset of that name on the hub ({first}), expected one of them"
+            f"{name}: found no file or folder, and no dataset of that name on the hub ({first_line(error)}), expected "
+            "one of them"
         ) from error
     return _named_parts(loaded if split is None else {split: loaded}, name)
 

@@ -97,7 +97,7 @@ def asked_inputs(
     rows = []
     for row, kept, asked in zip(ids, real.bool(), asks, strict=True):
         check_ask(asked)
-        value = return_tokens.scale.named_ask(asked) if isinstance(asked, str) else asked
+        value = return_tokens.scale.value_of(asked)
         prompt, past = row[kept].tolist(), block.get("past_opening")
         rows.append(ids.new_tensor(with_return_ids(prompt, block["opening"], return_tokens.ids(value), past)))
     # Padded on the left, because generate continues after the last column; the mask hides the padding id 0.

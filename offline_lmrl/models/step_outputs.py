@@ -276,6 +276,10 @@ class States:
         """Return Q of the target heads for the actions, (H,n)."""
         return self.q(self.steps["action"].unsqueeze(-1)).squeeze(-1)
 
+    def of_action(self, table: Tensor) -> Tensor:
+        """Return the entries (n,) of a table over all tokens, (n,V), for the actions."""
+        return table.gather(-1, self.steps["action"].unsqueeze(-1)).squeeze(-1)
+
     def v(self) -> Tensor:
         return self.model.v_values(self.at())
 

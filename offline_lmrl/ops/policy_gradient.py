@@ -47,6 +47,19 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     return torch.expm1(-k1) + k1
 
 
+def kl_exact(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
+    """Compute KL(π‖π_ref) = Σ_a π(a|s) (log π(a|s) − log π_ref(a|s)).
+
+    Args:
+      log_prob: log π of all tokens, (..., V), in nats; those with −inf contribute 0.
+      ref_log_prob: log π_ref of all tokens, (..., V), in nats.
+    Returns: (...) nats.
+    """
+    # 0 · −inf is nan, and so is its gradient: replace the difference for tokens that π drops before the product.
+    difference = (log_prob - ref_log_prob).masked_fill(log_prob == -torch.inf, 0.0)
+    return (log_prob.exp() * difference).sum(-1)
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Compute the entropy  −Σ_a π(a|s) log π(a|s) = logsumexp(l) − Σ_a π(a|s) l_a,  in at least fp32.
 

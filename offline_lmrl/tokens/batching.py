@@ -233,6 +233,17 @@ def token_rows(rows: Sequence[Sequence[int]], states: Sequence[Sequence[int]]) -
     return WindowDataset(columns, 0, next_rows=False, end_rows=False)
 
 
+def reply_rows(texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> WindowDataset:
+    """Return `token_rows` of prompts with replies, with a step at each token of a reply.
+
+    Args:
+      texts: token ids of each prompt, at least one, and of the reply to it.
+    """
+    texts = list(texts)
+    states = [range(len(prompt) - 1, len(prompt) + len(reply) - 1) for prompt, reply in texts]
+    return token_rows([[*prompt, *reply] for prompt, reply in texts], states)
+
+
 def token_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     """Cut rows into batches of similar length, which need little padding, the longest first.
 

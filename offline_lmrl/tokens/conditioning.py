@@ -297,6 +297,10 @@ class ReturnScale:
         require(ASK_NAMES.fullmatch(name) is not None, f"ask: found {shown(name)}, expected max, or p0 to p100")
         return self.table(task).quantiles[100 if name == "max" else int(name.removeprefix("p"))]
 
+    def value_of(self, ask: float | str | None, task: str = "") -> float | None:
+        """Return a requested return as a number: a name as `named_ask` does, any other request as it is."""
+        return self.named_ask(ask, task) if isinstance(ask, str) else ask
+
     def asks_for_the_usual(self, name: str, task: str = "") -> str | None:
         """Return a warning if a percentile above the 50th has the same bin as the median, and a better bin exists.
 

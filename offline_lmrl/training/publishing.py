@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, first_line
 from offline_lmrl.training.metrics import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def create_repository(args: TrainingArguments) -> str:
         created = hf_api().create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True)
     except Exception as error:  # no network, no token, no permission
         raise InputError(
-            f"push_to_hub: found no repository {name}, and it could not be created ({_first_line(error)})"
+            f"push_to_hub: found no repository {name}, and it could not be created ({first_line(error)})"
         ) from error
     args.hub_model_id = created.repo_id
     return created.repo_id
@@ -99,7 +99,7 @@ def start_upload(
 
     def report(job: Future) -> None:
         if not job.cancelled() and job.exception() is not None:
-            log.warning("%s: the upload of %s failed: %s", repository, folder, _first_line(job.exception()))
+            log.warning("%s: the upload of %s failed: %s", repository, folder, first_line(job.exception()))
 
     job = _upload(folder, names, args, repository, message)
     job.add_done_callback(report)
@@ -115,13 +115,9 @@ def upload(folder: Path, names: Sequence[str], args: TrainingArguments, reposito
         _upload(folder, names, args, repository, message).result()
     except Exception as error:  # no network, no permission, a refused file
         raise InputError(
-            f"{repository}: the upload failed ({_first_line(error)}); {folder} holds the model, so upload it again "
+            f"{repository}: the upload failed ({first_line(error)}); {folder} holds the model, so upload it again "
             "or train without push_to_hub"
         ) from error
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _upload(folder: Path, names: Sequence[str], args: TrainingArguments, repository: str, message: str) -> Future:

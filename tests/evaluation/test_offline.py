@@ -21,6 +21,7 @@ from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import add_value_heads
 from offline_lmrl.models.loading import build_model
+from offline_lmrl.models.step_outputs import States
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tasks.corridor import Corridor
 from offline_lmrl.tokens.few_shot import FewShotConfig, few_shot_ids
@@ -150,6 +151,19 @@ def test_divergence_of_guidance_is_exact(beta, decoding, kl, changed):
     assert entry["kl"] == pytest.approx(kl / 2, abs=1e-5)  # the closing token, which is certain, adds 0
     if changed is not None:  # an even choice may fall either way
         assert entry["changed"] == changed / 2
+
+
+def test_the_distribution_of_each_beta_is_computed_once(monkeypatch):
+    computed, distribution = [], States.distribution
+    monkeypatch.setattr(States, "distribution", lambda s, form: computed.append(form.beta) or distribution(s, form))
+    logs = [said("b", 4.0)]
+    steps = measure_logs(table_policy(beta=2.0), logs, [0.0, 1.0, 2.0])
+    assert sorted(computed) == [0.0, 1.0, 2.0]
+    np.testing.assert_array_equal(steps.acting_log_prob, steps.guided_log_prob[2])
+    np.testing.assert_array_equal(steps.unguided_log_prob, steps.guided_log_prob[0])
+    computed.clear()
+    measure_logs(table_policy(), logs)
+    assert computed == [0.0]
 
 
 def test_calibration_sets_predictions_beside_returns():

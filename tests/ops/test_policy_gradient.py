@@ -10,6 +10,7 @@ from offline_lmrl.ops.policy_gradient import (
     adaptive_kl_weight,
     entropy,
     generalized_advantage,
+    kl_exact,
     kl_k1,
     kl_k3,
     kl_shaped_reward,
@@ -44,6 +45,15 @@ def test_k3_is_never_negative_and_k1_may_be():
     # k1 = -1, 0, 2;  k3 = e - 2, 0, e^-2 + 1
     assert_close(kl_k1(log_prob, ref_log_prob), torch.tensor([-1.0, 0.0, 2.0]))
     assert_close(kl_k3(log_prob, ref_log_prob), torch.tensor([0.7182818, 0.0, 1.1353353]))
+
+
+def test_the_exact_divergence_by_hand_and_with_tokens_that_are_dropped():
+    log_prob = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64).log()
+    reference = torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.5, 0.0]], dtype=torch.float64).log().requires_grad_()
+    divergence = kl_exact(log_prob, reference)
+    assert_close(divergence, torch.tensor([0.5, 1.0], dtype=torch.float64) * math.log(2))
+    divergence.sum().backward()
+    assert_close(reference.grad, -log_prob.exp())
 
 
 def test_entropy_of_uniform_logits_is_the_log_of_the_vocabulary():

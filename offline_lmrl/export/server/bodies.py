@@ -165,14 +165,21 @@ def _read(raw: bytes, form: type[_Body]) -> tuple[Any, dict[str, Any]]:
 
 def _object(raw: bytes) -> dict[str, Any]:
     try:
-        body = parse_json(raw.decode())
+        body = _json_object(raw.decode(), "body")
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeError as error:  # bytes that are not UTF-8, or half a surrogate pair
         raise InputError("body: found text that UTF-8 cannot hold, expected a JSON object in UTF-8") from error
-    except ValueError as error:
-        raise InputError(f"body: found text that is not JSON ({error}), expected a JSON object") from error
-    require(isinstance(body, dict), f"body: found {shown(body)}, expected a JSON object")
     return body
+
+
+def _json_object(text: str, name: str) -> dict[str, Any]:
+    """Read a JSON object; `name` is that of the field in errors."""
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{name}: found text that is not JSON ({error}), expected a JSON object") from error
+    require(isinstance(found, dict), f"{name}: found {shown(found)}, expected a JSON object")
+    return found
 
 
 def _asked(body: _Body, decoding: dict[str, Any], prompts: tuple, top: int | None) -> Asked:
@@ -250,11 +257,7 @@ def _are_ids(value: Any) -> bool:
 def _of_transformers(text: str) -> dict[str, Any]:
     """Return the decoding that a GenerationConfig, which `transformers chat` sends as JSON text, asks for."""
     name = "generation_config"
-    try:
-        given = parse_json(text)
-    except ValueError as error:
-        raise InputError(f"{name}: found text that is not JSON ({error}), expected a JSON object") from error
-    require(isinstance(given, dict), f"{name}: found {shown(given)}, expected a JSON object")
+    given = _json_object(text, name)
     given = {key: value for key, value in given.items() if value is not None and key != "transformers_version"}
     sampled, stops = given.pop("do_sample", True), given.pop("stop_strings", None)
     known = parameters_of(DecodingConfig)
