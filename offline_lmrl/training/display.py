@@ -30,7 +30,7 @@ STEP_WIDTH, WIDTH = 9, 7  # characters of the first and of every other column
 
 
 def commands_after(evaluate: str) -> tuple[str, ...]:
-    """Return the commands for a finished run of a policy, after `offline-lmrl`; `evaluate` is the one that measures."""
+    """Return the commands that follow a finished run of a policy; `evaluate` is the one that measures it."""
     export = "export {run} --to transformers --output FOLDER"
     return ("generate {run} --chat", evaluate, export, "serve {run}", "plot {run}")
 
