@@ -41,7 +41,7 @@ AT_ONCE = 16  # requests that are open at the same time
 EQUIVALENT = 0.05  # a share is equivalent to the run's if the interval of their difference is within ± this
 MOST_BROKEN = 0.02
 GREEDY = 200  # prompts that are also answered greedily
-REPLY = 40  # most tokens of a reply, as in configs/support
+REPLY = 64  # most tokens of a reply, as in configs/support
 
 
 class Answer(NamedTuple):
