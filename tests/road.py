@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from offline_lmrl import LanguagePolicy
 from offline_lmrl.evaluation.metrics import mean_interval
@@ -40,6 +41,7 @@ BATCH = 100  # prompts of one call of `generate`
 AT_ONCE = 16  # requests that are open at the same time
 EQUIVALENT = 0.05  # a share is equivalent to the run's if the interval of their difference is within ± this
 MOST_BROKEN = 0.02
+JUDGED = 800  # replies of each that are read by the plain model, to count the broken ones
 GREEDY = 200  # prompts that are also answered greedily
 REPLY = 64  # most tokens of a reply, as in configs/support
 
@@ -186,24 +188,29 @@ def free_port() -> int:
 @torch.inference_mode()
 def log_probs(base: LanguagePolicy, prompts: Sequence[Sequence[Turn]], answers: Sequence[Answer]) -> list[float]:
     """Return the mean log-probability per token of each reply under the plain model, in nats."""
-    found: list[float] = []
-    window, renderer = base.null_window, base.renderer
+    renderer, head, found = base.renderer, base.model.get_output_embeddings(), [0.0] * len(answers)
+    both = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        read = window(prompt, base.decoding.max_new_tokens)
         reply = [*renderer.tokenizer(answer.text, add_special_tokens=False)["input_ids"], renderer.close_id]
-        ids = torch.tensor([[*read, *reply]])
-        logits = base.model(input_ids=ids, logits_to_keep=len(reply) + 1).logits[0, :-1]
-        picked = logits.log_softmax(-1).gather(-1, ids[0, -len(reply) :, None])
-        found.append(picked.mean().item())
+        both.append((base.null_window(prompt, base.decoding.max_new_tokens), reply))
+    by_length = sorted(range(len(both)), key=lambda i: len(both[i][0]) + len(both[i][1]))
+    for start in range(0, len(both), 20):
+        places = by_length[start : start + 20]
+        ids = pad_sequence([torch.tensor([*both[i][0], *both[i][1]]) for i in places], batch_first=True)
+        hidden = base.model.hidden_states(input_ids=ids)  # padding on the right is never looked back at
+        for row, i in enumerate(places):
+            read, reply = both[i]
+            logits = head(hidden[row, len(read) - 1 : len(read) + len(reply) - 1])
+            found[i] = logits.log_softmax(-1).gather(-1, torch.tensor(reply)[:, None]).mean().item()
     return found
 
 
-def broken(base: LanguagePolicy, answers: Sequence[Answer], numbers: Sequence[float], limit: float) -> float:
-    """Return the share of broken replies (offline_lmrl.logs.replies.py)."""
+def broken(base: LanguagePolicy, prompts: Sequence[Sequence[Turn]], answers: Sequence[Answer], limit: float) -> float:
+    """Return the share of broken replies (offline_lmrl/logs/replies.py)."""
     count = 0
-    for answer, number in zip(answers, numbers, strict=True):
+    for answer, log_prob in zip(answers, log_probs(base, prompts, answers), strict=True):
         tokens = base.renderer.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-        count += is_broken(Reply(answer.text, None, (), (), closed=answer.closed), tokens, number, limit)
+        count += is_broken(Reply(answer.text, None, (), (), closed=answer.closed), tokens, log_prob, limit)
     return count / len(answers)
 
 
@@ -218,7 +225,7 @@ def table(base: LanguagePolicy, prompts: Sequence[Sequence[Turn]], both: dict[st
     played = {name: one.sampled for name, one in both.items()}
     wanted = {name: [float(asks_back(one.text)) for one in answers] for name, answers in played.items()}
     openings = [prompt[0].content for prompt in prompts]
-    limit = least_likely(log_probs(base, prompts, played["plain model"]))
+    limit = least_likely(log_probs(base, prompts[:JUDGED], played["plain model"][:JUDGED]))
     rows = []
     print(f"\n{'':14}{'wanted':>20}{'minus the run':>24}{'equivalent':>12}{'broken':>9}{'same greedy text':>18}")
     for name, answers in played.items():
@@ -231,7 +238,7 @@ def table(base: LanguagePolicy, prompts: Sequence[Sequence[Turn]], both: dict[st
             "difference": apart.mean,
             "difference_interval": apart.interval,
             "equivalent": -EQUIVALENT <= apart.low and apart.high <= EQUIVALENT,
-            "broken": broken(base, answers, log_probs(base, prompts, answers), limit),
+            "broken": broken(base, prompts[:JUDGED], answers[:JUDGED], limit),
             "same_greedy": sum(a.text == b.text for a, b in zip(both[name].greedy, both["run"].greedy, strict=True)),
             "replies": len(answers),
         }
