@@ -120,9 +120,9 @@ def asked_over_http(address: str, model: str, prompts: Sequence[Sequence[Turn]],
     from openai import AsyncOpenAI
 
     async def ask_all() -> list[Answer]:
-        free, client = asyncio.Semaphore(AT_ONCE), AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)
+        free = asyncio.Semaphore(AT_ONCE)
 
-        async def ask(seed: int, prompt: Sequence[Turn]) -> Answer:
+        async def ask(client: AsyncOpenAI, seed: int, prompt: Sequence[Turn]) -> Answer:
             async with free:
                 got = await client.chat.completions.create(
                     model=model, messages=as_messages(prompt), seed=seed, **extra
@@ -130,7 +130,8 @@ def asked_over_http(address: str, model: str, prompts: Sequence[Sequence[Turn]],
             choice = got.choices[0]
             return Answer(choice.message.content.strip(), choice.finish_reason == "stop")
 
-        return await asyncio.gather(*(ask(seed, prompt) for seed, prompt in enumerate(prompts)))
+        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=600) as client:
+            return await asyncio.gather(*(ask(client, seed, prompt) for seed, prompt in enumerate(prompts)))
 
     return asyncio.run(ask_all())
 
