@@ -69,6 +69,7 @@ def tiny_batch(padding: int = 0) -> dict:
         "end_state": torch.tensor([7, 7, 7, 7, 5, 5, 5]),
         "open_state": torch.tensor([1, 1, 5, 5, 2, 2, 2]),
         "closes_turn": torch.tensor([0, 1, 0, 1, 0, 0, 1], dtype=torch.bool),
+        "has_target": torch.ones(7, dtype=torch.bool),
     }
     pad = torch.nn.functional.pad
     return {"input_ids": pad(ids, (0, padding)), "attention_mask": pad(mask, (0, padding)), "steps": steps}

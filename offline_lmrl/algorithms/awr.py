@@ -105,7 +105,10 @@ class AWRTrainer(OfflineTrainer):
             f"reward_scale: found {self.args.reward_scale}, expected the value model's {logged.scale.scale:g}: "
             "its Q and V are in that unit; leave it out",
         )
-        return Encoding(logged.scale, logged.step_rule, columns=partial(self._advantages, value_model.model))
+        columns = partial(self._advantages, value_model.model)
+        return Encoding(
+            logged.scale, logged.step_rule, columns=columns, request={"alike": self.args.inverse_temperature == 0}
+        )
 
     def _check_same_windows(self, value_model: LanguagePolicy) -> None:
         """Check that this run and the value model see the same tokens in the same windows.

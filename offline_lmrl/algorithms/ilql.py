@@ -86,6 +86,11 @@ class ILQLConfig(GuidedConfig):
         "steps would be below 5.",
     )
     conservative_weight: float = setting(0.1, "Weight of the conservative loss L_C; 0 = none [1e-4 to 1].")
+    conservative_share: float = setting(
+        1.0,
+        "Share of the tokens for which L_C is computed, drawn anew in each step, above 0 to 1. Their weight is "
+        "1/share, so the expected loss is the same. With a large vocabulary L_C is most of what values cost [1].",
+    )
     value_weight: float = setting(1.0, "Weight of the value losses L_Q and L_V [1].")
     policy_weight: float = setting(1.0, "Weight of the policy loss L_π [1].")
     inverse_temperature: float = setting(0.0, "β_w in the weights of L_π [0: plain behaviour cloning].")
@@ -112,6 +117,7 @@ class ILQLConfig(GuidedConfig):
             monte_carlo=(0, 1),
             target_rate=(0, 1),
             conservative_weight=(0, 1e6),
+            conservative_share=(1e-6, 1),
             value_weight=(0, 1e6),
             policy_weight=(0, 1e6),
             value_grad_scale=(0, 1),
@@ -127,8 +133,8 @@ def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], conf
 
     Args:
       outputs: outputs of the guided model's forward pass (`StepRequest` in models/step_outputs.py): log_prob, v,
-        target_q, next_v and end_v, each (N,); q and, if conservative_weight is above 0, logsumexp_q, each (2, N) for
-        twin heads.
+        target_q, next_v and, if monte_carlo is above 0, end_v, each (N,); q, (2, N) for twin heads; if
+        conservative_weight is above 0, counted, (C,) places among the N, and logsumexp_q, (2, C).
       steps: `ActionSteps` (tokens/batching.py), (N,) each.
       config: the settings.
     Returns: "q", "v", "policy" and, if its weight is above 0, "conservative", each (N,). "q", "v" and "conservative"
@@ -149,7 +155,12 @@ def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], conf
         advantage = outputs["target_q"] - outputs["v"]
         losses["policy"] = losses["policy"] * awr_weight(advantage, config.inverse_temperature)
     if config.conservative_weight > 0:
-        losses["conservative"] = conservative_loss(outputs["logsumexp_q"], outputs["q"]) * known
+        counted, loss = outputs["counted"], outputs["q"].new_zeros(len(known))
+        # A random share of the steps with a target stands for all of them.
+        weight = known.sum() / max(1, len(counted))
+        losses["conservative"] = loss.index_copy(
+            0, counted, weight * conservative_loss(outputs["logsumexp_q"], outputs["q"][:, counted])
+        )
     return losses
 
 
@@ -220,7 +231,12 @@ class ILQLTrainer(OfflineTrainer):
             return_ids_for=tokens and tokens.nulls,
             next_rows=True,
             end_rows=args.monte_carlo > 0,
-            request={"value_grad_scale": args.value_grad_scale, "conservative": args.conservative_weight > 0},
+            request={
+                "value_grad_scale": args.value_grad_scale,
+                "conservative": args.conservative_share if args.conservative_weight > 0 else 0.0,
+                "ends": args.monte_carlo > 0,
+                "alike": args.inverse_temperature == 0,
+            },
         )
 
     def _scale(self, model: PreTrainedModel, fitted: RewardScale) -> RewardScale:

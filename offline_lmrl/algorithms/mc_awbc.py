@@ -64,7 +64,8 @@ class MCAWBCTrainer(OfflineTrainer):
 
     def encoding(self, model, train) -> Encoding:
         rule = StepRule(discount_per_turn=self.args.discount_per_turn)
-        return Encoding(RewardScale.fit(train, self.args.reward_scale, discounted=rule.discounted), rule)
+        scale = RewardScale.fit(train, self.args.reward_scale, discounted=rule.discounted)
+        return Encoding(scale, rule, request={"alike": self.args.inverse_temperature == 0})
 
     def prepare_model(self, model, windows):
         returns, after_cut = (windows.flat[name][0] for name in ("return_to_go", "end_discount"))

@@ -18,9 +18,8 @@ from offline_lmrl.decoding.distribution import reduce_q
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import has_adapter
 from offline_lmrl.models.guided import remove_heads
+from offline_lmrl.models.lm_head import post_of
 from offline_lmrl.models.value_heads import QHead
-
-SMALL, LARGE = 0.01, 100.0  # test outputs of the LM head; a soft cap changes only large ones
 
 
 def q_matrix(head: QHead, matrix: Tensor, q_reduce: str) -> Tensor:
@@ -41,38 +40,25 @@ def q_matrix(head: QHead, matrix: Tensor, q_reduce: str) -> Tensor:
 def head_scale(model: PreTrainedModel) -> float:
     """Measure s in logits = s · W h + a constant, where h are the decoder's last hidden states of a guided model.
 
-    The LM head's output is compared with W h. It is then replaced by test outputs, small and large, and the logits are
-    compared with these; large ones are needed because a soft cap hardly changes small ones.
-
-    Raises: InputError if, in either comparison, the two are not multiples of each other.
+    Raises: InputError if the LM head's output is no multiple of W h, or the logits none of its output.
     """
-    head = model.get_output_embeddings()
-    step = torch.linspace(-SMALL, SMALL, head.weight.shape[0], device=head.weight.device)
-    made_up = torch.stack([torch.zeros_like(step), step, LARGE / SMALL * step]).unsqueeze(0)  # (1,3,V)
-    from_head: list[Tensor] = []
-
-    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        from_head.append(output)
-        return made_up
-
-    handle = head.register_forward_hook(replace)
+    head, from_head = model.get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda module, args, output: from_head.append(output))
     try:
-        ids = torch.arange(1, 4, device=step.device).unsqueeze(0)
-        outputs, hidden = model.forward_with_hidden(
-            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-        )
+        ids = torch.arange(1, 4, device=head.weight.device).unsqueeze(0)
+        hidden = model.forward_with_hidden(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[1]
     finally:
         handle.remove()
     before = _multiple(from_head[0] - from_head[0][:, :1], F.linear(hidden - hidden[:, :1], head.weight))
-    after = _multiple(outputs.logits - outputs.logits[:, :1], made_up)
-    if before is None or after is None:
+    after = post_of(model)
+    if before is None or after is None or after.cap is not None:
         found = "a transform before its LM head" if before is None else "a soft cap or similar after its LM head"
         raise InputError(
             f"run: found {model.config.model_type} with {found}, expected logits that are a multiple of the LM head "
             "times the hidden states, as Q is added to the LM head's weights; give --beta 0 to export the policy "
             "without Q, or play the run itself (evaluate, generate)"
         )
-    return before * after
+    return before * after.scale
 
 
 def _multiple(x: Tensor, y: Tensor) -> float | None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
 from offline_lmrl.logs.terminal import tracked
+from offline_lmrl.models.lm_head import log_probs_at, scores_dtype
 from offline_lmrl.models.return_heads import outcomes
 from offline_lmrl.models.value_heads import ValueHeads
 from offline_lmrl.tokens.batching import ActionSteps, TokenBatch, WindowDataset, places_of, token_batches
@@ -40,8 +41,8 @@ class StepRequest:
     keys there are depends on the parts of the model, and "environment" on the field:
 
         always             "log_prob" (N,)
-        value heads        "q" (H,N), "v" (N,), "target_q"* (N,) the minimum over heads, "next_v"* (N,),
-                           "end_v"* (N,), and with `conservative` "logsumexp_q" (H,N)
+        value heads        "q" (H,N), "v" (N,), "target_q"* (N,) the minimum over heads, "next_v"* (N,), with `ends`
+                           "end_v"* (N,), and with `conservative` "counted"* (C,) and "logsumexp_q" (H,C)
         utterance heads    "utterance_q" (H,M), "utterance_v" (M,), "utterance_target_q"* (M,),
                            "utterance_next_v"* (M,), for the M steps that close a turn
         return heads       "outcome_log_prob" (M,) and "outcome_mask" (M,); the latter is False for turns in rows
@@ -54,7 +55,10 @@ class StepRequest:
     environment: "row" and "state", (E,) long: the state before each token of the environment's replies; None = no such
       outputs.
     value_grad_scale: factor on the gradient that Q and V pass on to the trunk, 0 to 1.
-    conservative: True: compute "logsumexp_q", log Σ_a exp Q(s,a).
+    conservative: share of the steps with a target at which "logsumexp_q", log Σ_a exp Q(s,a), is computed; "counted"
+      are their places among the steps. They are drawn at random in training mode, and are all such steps in eval mode.
+    ends: True: compute "end_v".
+    alike: True if the loss weighs all steps alike, which saves time (ops/vocabulary.py).
     condition_dropout: share of rows whose requested returns become null in training mode, drawn anew in each call.
     """
 
@@ -62,7 +66,9 @@ class StepRequest:
     windows: int | None = None
     environment: Mapping[str, Tensor] | None = None
     value_grad_scale: float = 1.0
-    conservative: bool = False
+    conservative: float = 0.0
+    ends: bool = True
+    alike: bool = True
     condition_dropout: float = 0.0
 
     @classmethod
@@ -79,29 +85,30 @@ def packed_outputs(model: PreTrainedModel, request: StepRequest, inputs: Mapping
     Args:
       model: a guided model, not wrapped.
       request: what to compute.
-      inputs: keyword arguments of the base class's forward, with `input_ids` and `attention_mask`, (B,T) each.
+      inputs: keyword arguments of the base class's forward, with `input_ids` and `attention_mask`, (B,T) each; or only
+        `hidden`, hidden states (B,T,d) that are known, from which Q and V alone are computed.
     """
     steps, environment, extra = request.steps, request.environment, None
-    row, state, action = steps["row"], steps["state"], steps["action"]
+    if "hidden" in inputs:
+        weight, hidden = model.get_output_embeddings().weight, inputs["hidden"]
+        return _values(model, hidden, hidden, weight.detach().to(scores_dtype(weight)), request)
+    places = [(steps["row"], steps["state"], steps["action"])]
     if model.training and request.condition_dropout > 0:
         inputs = {**inputs, "input_ids": _without_conditions(model, inputs["input_ids"], request.condition_dropout)}
     if request.windows:
         extra = _extra_rows(model, inputs, request.windows)
         inputs = {name: value[: request.windows] for name, value in inputs.items()}
-    if environment is not None:  # one pass of the LM head for both kinds of states
-        row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
-        # The target of an environment state is the next token of its own row.
-        action = torch.cat([action, inputs["input_ids"][environment["row"], environment["state"] + 1]])
-    logits, hidden = packed_logits(model, row, state, **inputs)
-    log_prob = -F.cross_entropy(logits.float(), action, reduction="none")
-    packed = {"log_prob": log_prob[: len(steps["row"])]}
     if environment is not None:
-        packed["environment_log_prob"] = log_prob[len(steps["row"]) :]
+        # The target of an environment state is the next token of its own row.
+        row, state = environment["row"], environment["state"]
+        places.append((row, state, inputs["input_ids"][row, state + 1]))
+    found, hidden, table = log_probs_at(model, places, request.alike, **inputs)
+    packed = dict(zip(("log_prob", "environment_log_prob"), found, strict=False))
     if model.return_heads is not None:
         packed |= _outcomes(model, inputs["input_ids"], hidden, steps)
     if model.value_heads is not None:
         read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
-        packed |= _values(model, hidden, read, request)
+        packed |= _values(model, hidden, read, table, request)
     return packed
 
 
@@ -188,31 +195,60 @@ def _outcomes(
     return {"outcome_log_prob": log_prob, "outcome_mask": null}
 
 
-def _values(model: PreTrainedModel, hidden: Tensor, read: Tensor, request: StepRequest) -> dict[str, Tensor]:
+def _values(
+    model: PreTrainedModel, hidden: Tensor, read: Tensor, table: Tensor, request: StepRequest
+) -> dict[str, Tensor]:
     """Compute Q, V and their targets at the N steps.
 
     Args:
       model: the guided model.
       hidden: hidden states of the rows with steps, (windows,T,d).
       read: hidden states of all rows, (B,T,d), without gradient, in which next states are looked up.
+      table: the LM head's weight without gradient in the dtype of scores, (V,d).
       request: what to compute.
     """
     steps, scale = request.steps, request.value_grad_scale
     heads, matrix = model.value_heads, model.get_output_embeddings().weight
     action = steps["action"].unsqueeze(1)
     states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
-    # V has an axis of one head, (1,N), hence [0].
-    packed = {"q": heads.q(states, matrix, action).squeeze(-1), "v": heads.v(states)[0]}
-    if request.conservative:
-        packed["logsumexp_q"] = heads.q.logsumexp(states, matrix)
+    counted = _counted(request, model.training)
+    q, logsumexp = heads.q.logged(states, matrix, steps["action"], counted, table)
+    packed = {"q": q, "v": heads.v(states)[0]}  # V has an axis of one head, (1,N)
+    if counted is not None:
+        packed |= {"counted": counted, "logsumexp_q": logsumexp}
     with torch.no_grad():
         packed["target_q"] = heads.target_q(states, matrix, action).squeeze(-1).amin(0)
-        packed["next_v"] = heads.v(read[steps["next_row"], steps["next_state"]])[0]
-        packed["end_v"] = heads.v(read[steps["end_row"], steps["end_state"]])[0]
+        packed["next_v"] = _next_v(heads, packed["v"].detach(), read, steps)
+        if request.ends:
+            packed["end_v"] = heads.v(read[steps["end_row"], steps["end_state"]])[0]
     if heads.utterance:
         closing = {name: index[steps["closes_turn"]] for name, index in steps.items()}  # the M last actions
         packed |= _utterances(heads, hidden, read, closing, scale)
     return packed
+
+
+def _next_v(heads: ValueHeads, v: Tensor, read: Tensor, steps: Mapping[str, Tensor]) -> Tensor:
+    """Return V of the next states, (N,): mostly V of another step, (N,) `v`, else computed from `read`, (B,T,d)."""
+    row, state, next_row, next_state = (steps[name] for name in ("row", "state", "next_row", "next_state"))
+    step_at = torch.full(read.shape[:2], -1, device=row.device)
+    step_at[row, state] = torch.arange(len(row), device=row.device)
+    step = step_at[next_row, next_state]
+    others = (step < 0).nonzero()[:, 0]
+    return v[step.clamp(min=0)].index_copy(0, others, heads.v(read[next_row[others], next_state[others]])[0])
+
+
+def _counted(request: StepRequest, training: bool) -> Tensor | None:
+    """Return the places (C,) among the steps at which logsumexp Q is computed; None = nowhere.
+
+    Steps without a target have no conservative loss. In evaluation all others count, in training a random share.
+    """
+    if request.conservative == 0:
+        return None
+    known = request.steps["has_target"].nonzero()[:, 0]
+    if not training or request.conservative == 1 or len(known) == 0:
+        return known
+    drawn = max(1, round(request.conservative * len(known)))
+    return known[torch.randperm(len(known), device=known.device)[:drawn]]
 
 
 def _utterances(

@@ -43,15 +43,16 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.ops.value_learning import chunked_logsumexp
+from offline_lmrl.ops.vocabulary import logsumexp_scores
 
 TIE_BREAK = 2e-4  # standard deviation of a fresh head's Q around initial_value, for h of unit variance
 
 
-def _in_fp32(method: Callable) -> Callable:
-    """A decorator for methods of heads that casts their hidden states to fp32 and disables autocast.
+def _checked(method: Callable) -> Callable:
+    """A decorator for methods of heads that checks the width of their hidden states and casts these to fp32.
 
-    Advantages are small differences of large values, for which half precision does not suffice.
+    Under autocast the first maps of a head then run in its dtype. What follows them is in fp32 (`_fp32`): advantages
+    are small differences of large values, for which half precision does not suffice.
 
     Raises: InputError, when the method is called, if the width of the hidden states is not that of the LM head.
     """
@@ -63,10 +64,14 @@ def _in_fp32(method: Callable) -> Callable:
                 f"model: found a decoder with hidden states of width {hidden.shape[-1]} before an LM head of width "
                 f"{self.width}, expected equal widths, which value heads need"
             )
-        with torch.autocast(hidden.device.type, enabled=False):
-            return method(self, hidden.float(), *args, **kwargs)
+        return method(self, hidden.float(), *args, **kwargs)
 
     return run
+
+
+def _fp32(hidden: Tensor) -> torch.autocast:
+    """Return a context manager without autocast on the device of a tensor."""
+    return torch.autocast(hidden.device.type, enabled=False)
 
 
 def _parameter(*shape: int) -> nn.Parameter:
@@ -155,10 +160,12 @@ class ScalarHead(TwoLayers):
         self.weight[0, :2] = torch.tensor([1.0, -1.0])
         self.bias.fill_(bias)
 
-    @_in_fp32
+    @_checked
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden states (N,d) to values (H,N)."""
-        return torch.einsum("hnk,hk->hn", self.features(hidden), self.weight) + self.bias.unsqueeze(1)
+        features = self.features(hidden)
+        with _fp32(hidden):
+            return torch.einsum("hnk,hk->hn", features.float(), self.weight) + self.bias.unsqueeze(1)
 
 
 class QHead:
@@ -174,7 +181,7 @@ class QHead:
         offset(hidden (N,d))                 broadcasts against (H,N)
     """
 
-    @_in_fp32
+    @_checked
     def forward(self, hidden: Tensor, matrix: Tensor | None, candidates: Tensor | None = None) -> Tensor:
         """Compute Q of all tokens, or of some.
 
@@ -185,11 +192,16 @@ class QHead:
           candidates: token ids (N,C), C per state; None = the whole vocabulary.
         Returns: (H,N,V) or (H,N,C), fp32.
         """
+        features = self.features(hidden)
+        with _fp32(hidden):
+            return self._q(features.float(), hidden, matrix, candidates)
+
+    def _q(self, features: Tensor, hidden: Tensor, matrix: Tensor | None, candidates: Tensor | None) -> Tensor:
         if candidates is None:
-            q = torch.einsum("hnk,hvk->hnv", self.features(hidden), self.rows(matrix))
+            q = torch.einsum("hnk,hvk->hnv", features, self.rows(matrix))
             bias = None if self.bias is None else self.bias.unsqueeze(1)
         else:
-            q = self._looked_up(self.features(hidden), matrix, candidates)
+            q = self._looked_up(features, matrix, candidates)
             bias = None if self.bias is None else _pick(self.bias, candidates)
         return (q if bias is None else q + bias) + self.offset(hidden).unsqueeze(-1)
 
@@ -211,15 +223,34 @@ class QHead:
         q = torch.einsum("hnk,hvk->hnv", features, self.rows(matrix, tokens.unsqueeze(0)).squeeze(1))
         return q.gather(-1, column.expand(len(q), -1, -1))
 
-    @_in_fp32
-    def logsumexp(self, hidden: Tensor, matrix: Tensor) -> Tensor:
-        """Compute log Σ_a exp Q_i(s,a), (N,d) -> (H,N), without holding Q of all tokens in memory.
+    @_checked
+    def logged(
+        self, hidden: Tensor, matrix: Tensor, action: Tensor, counted: Tensor | None, table: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute Q of logged actions, and log Σ_a exp Q(s,a) at some states without Q of all tokens in memory.
 
         Args:
           hidden: hidden states, (N,d).
           matrix: the weight of the LM head, (V,d).
+          action: (N,) long.
+          counted: the C states of which the sum is wanted, (C,) long; None = none.
+          table: `matrix` without gradient in the dtype of the products that are summed.
+        Returns: Q, (H,N), fp32; the logarithms of the sums, (H,C), fp32, or None.
         """
-        return chunked_logsumexp(self.features(hidden), self.rows(matrix), self.bias) + self.offset(hidden)
+        features = self.features(hidden)
+        with _fp32(hidden):
+            q = self._q(features.float(), hidden, matrix, action.unsqueeze(1)).squeeze(-1)
+            if counted is None:
+                return q, None
+            some = slice(None) if len(counted) == len(action) else counted
+            rows, table = self.scored(matrix, table)
+            logsumexp = logsumexp_scores(features[:, some], rows, self.bias, table=table)
+            return q, logsumexp + self.offset(hidden[some])
+
+    def scored(self, matrix: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `rows(matrix)`, and the same without gradient in the dtype of `table`, which is that of `matrix`."""
+        rows = self.rows(matrix)
+        return rows, rows.detach().to(table.dtype)
 
     def uses_weight_of(self, lm_head: nn.Module) -> bool:
         """True if Q of all tokens can be computed in the pass that the LM head makes for the logits (`TiedQ`)."""
@@ -256,13 +287,17 @@ class TiedQ(QHead, Head):
     def offset(self, hidden: Tensor) -> Tensor:
         return torch.einsum("nd,hd->hn", hidden, self.state_weight) + self.state_bias.unsqueeze(1)
 
-    @_in_fp32
+    @_checked
     def _features_and_offset(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.features(hidden), self.offset(hidden)
+        with _fp32(hidden):
+            return self.features(hidden), self.offset(hidden)
 
     def rows(self, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
         matrix = matrix.detach().unsqueeze(0)  # the loss of Q must not change the LM head
         return (matrix if candidates is None else _pick(matrix, candidates)).float()
+
+    def scored(self, matrix: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        return table.unsqueeze(0), table.unsqueeze(0)
 
     def uses_weight_of(self, lm_head: nn.Module) -> bool:
         # A bias, or what a subclass adds (an adapter, a quantised weight), is not part of Q.

@@ -120,7 +120,8 @@ OUTPUTS = {
     "v": torch.tensor([0.3, 0.7, 0.0]),
     "next_v": torch.tensor([0.1, 5.0, 7.0]),
     "end_v": torch.tensor([2.0, 3.0, 4.0]),
-    "logsumexp_q": torch.tensor([[2.0, 3.0, 9.0], [2.5, 3.0, 9.0]]),
+    "counted": torch.tensor([0, 1]),
+    "logsumexp_q": torch.tensor([[2.0, 3.0], [2.5, 3.0]]),
 }
 
 
@@ -134,6 +135,13 @@ def test_losses_equal_the_numbers_worked_by_hand_and_are_zero_without_a_target(t
     assert_close(losses["conservative"], torch.tensor([3.0, 5.4, 0.0]))
     # the policy learns from every action, scored or not
     assert_close(losses["policy"], torch.tensor([0.5, 1.0, 2.0]))
+
+
+def test_a_share_of_the_steps_stands_for_all_of_them(tmp_path):
+    part = OUTPUTS | {"counted": torch.tensor([1]), "logsumexp_q": torch.tensor([[3.0], [3.0]])}
+    # one of two steps: twice (3 − .4) + (3 − .2); drawn as often as the other, its mean is 3 + 5.4
+    losses = ilql_losses(part, STEPS, config(tmp_path, conservative_share=0.5))
+    assert_close(losses["conservative"], torch.tensor([0.0, 10.8, 0.0]))
 
 
 def test_the_monte_carlo_share_mixes_in_returns_that_v_closes(tmp_path):
@@ -153,7 +161,7 @@ def test_the_policy_is_weighted_by_the_exponential_of_the_advantage(tmp_path):
 
 
 def test_without_the_conservative_weight_its_term_is_left_out(tmp_path):
-    outputs = {name: values for name, values in OUTPUTS.items() if name != "logsumexp_q"}
+    outputs = {name: values for name, values in OUTPUTS.items() if name not in ("counted", "logsumexp_q")}
     losses = ilql_losses(outputs, STEPS, config(tmp_path, conservative_weight=0.0))
     assert set(losses) == {"q", "v", "policy"}
     assert "conservative" in ilql_losses(OUTPUTS, STEPS, config(tmp_path))
@@ -199,7 +207,8 @@ def test_the_loss_is_the_weighted_sum_and_replies_count_where_they_close(tmp_pat
         "target_q": torch.tensor([0.0, 1.0, 0.0, 0.0]),
         "v": torch.zeros(4),
         "next_v": torch.tensor([-1.0, 2.0, 9.0, 9.0]),
-        "logsumexp_q": torch.tensor([[8.0, 2.0, 2.0, 0.0]]),
+        "counted": torch.tensor([0, 1, 2]),
+        "logsumexp_q": torch.tensor([[8.0, 2.0, 2.0]]),
     }
     # y = 9 − 1, .5 · 2, 1: Q's losses 0, 1, 1, and none; V's 0, .7, 0, none; conservative 0, 2, 0, none
     total, logged = run.losses(outputs, {"steps": REPLY_STEPS})

@@ -235,6 +235,17 @@ def test_weights_with_the_names_of_an_old_checkpoint_are_read(tmp_path):
     assert_close(logits(load_model(tmp_path).eval()), logits(base))
 
 
+def test_a_model_from_scratch_has_its_gelu_in_one_kernel_unless_another_is_named():
+    small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
+    named = {**small, "activation_function": "gelu_new"}
+    models = []
+    for spec in (small, named):
+        torch.manual_seed(0)
+        models.append(build_model(spec, Tokenizer()).eval())
+    assert [model.config.activation_function for model in models] == ["gelu_pytorch_tanh", "gelu_new"]
+    assert_close(*map(logits, models), atol=1e-6, rtol=1e-5)
+
+
 def test_a_model_from_scratch_takes_its_sizes_from_the_tokenizer():
     model = build_model(
         {

@@ -68,7 +68,26 @@ def test_values_are_read_at_the_states_that_the_steps_name(family):
 def test_logsumexp_is_only_computed_when_asked_for():
     model, batch = guided_model(), tiny_batch()
     assert set(packed_of(model, batch)) == {"log_prob", "q", "target_q", "v", "next_v", "end_v"}
-    assert set(packed_of(model, batch, conservative=True)) - set(packed_of(model, batch)) == {"logsumexp_q"}
+    more = set(packed_of(model, batch, conservative=True)) - set(packed_of(model, batch))
+    assert more == {"counted", "logsumexp_q"}
+    assert set(packed_of(model, batch)) - set(packed_of(model, batch, ends=False)) == {"end_v"}
+
+
+def test_a_share_of_the_steps_with_a_target_is_counted_in_training_and_all_in_evaluation():
+    model, batch = guided_model(), tiny_batch()
+    batch["steps"]["has_target"][3] = False
+    whole = packed_of(model, batch, conservative=1.0)
+    assert whole["counted"].tolist() == [0, 1, 2, 4, 5, 6]
+    assert_close(packed_of(model, batch, conservative=0.5)["logsumexp_q"], whole["logsumexp_q"])
+    model.train()
+    seen = set()
+    for _ in range(40):
+        part = packed_of(model, batch, conservative=0.5)
+        assert len(part["counted"]) == 3
+        places = [[0, 1, 2, 4, 5, 6].index(place) for place in part["counted"].tolist()]
+        assert_close(part["logsumexp_q"], whole["logsumexp_q"][:, places])
+        seen |= set(places)
+    assert seen == set(range(6))
 
 
 def test_a_model_without_heads_gives_log_probs_only():
@@ -83,9 +102,9 @@ def test_no_gradient_reaches_targets_or_what_is_marked_so(kind):
     packed = packed_of(model, batch, conservative=True)
     for name, values in packed.items():
         assert values.requires_grad == (
-            name not in ("target_q", "next_v", "end_v") and "_target" not in name and "_next" not in name
+            name not in ("target_q", "next_v", "end_v", "counted") and "_target" not in name and "_next" not in name
         ), name
-    sum(values.sum() for values in packed.values()).backward()
+    sum(values.sum() for values in packed.values() if values.requires_grad).backward()
     for name, parameter in model.value_heads.named_parameters():
         assert (parameter.grad is None) == ("target" in name), name
 
@@ -132,8 +151,8 @@ def test_values_are_fp32_under_autocast(kind):
     model, batch = guided_model(kind=kind), tiny_batch()
     with torch.autocast("cpu", torch.bfloat16):
         packed = packed_of(model, batch, conservative=True)
-    assert {values.dtype for values in packed.values()} == {torch.float32}
-    sum(values.sum() for values in packed.values()).backward()
+    assert {values.dtype for name, values in packed.items() if name != "counted"} == {torch.float32}
+    sum(values.sum() for values in packed.values() if values.requires_grad).backward()
     online = [parameter for head in model.value_heads.online() for parameter in head.parameters()]
     assert {parameter.grad.dtype for parameter in online} == {torch.float32}
 
@@ -195,11 +214,12 @@ def test_the_signature_is_the_bases_with_our_keywords(family):
     assert [name for name in base if name not in ours] == ["self"]
 
 
-def test_the_lm_head_sees_packed_positions_only_and_is_left_as_it_was():
+def test_the_lm_head_makes_no_logits_where_none_are_needed_and_is_left_as_it_was():
     model, batch = guided_model(), tiny_batch()
+    packed_of(model, batch)  # what follows the LM head is measured in the first call
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     packed_of(model, batch)
     model(input_ids=batch["input_ids"])
-    assert seen == [(1, 7, 50), (2, 9, 50)]
+    assert seen == [(1, 0, 50), (2, 9, 50)]
     assert not model.lm_head._forward_pre_hooks

@@ -46,7 +46,11 @@ def test_q_equals_its_formula_for_all_tokens_and_for_candidates(kind):
     assert_close(heads.q(hidden, matrix), expected)
     picked = expected.gather(-1, candidates.expand(HEADS, -1, -1))
     assert_close(heads.q(hidden, matrix, candidates), picked)
-    assert_close(heads.q.logsumexp(hidden, matrix), expected.logsumexp(-1))
+    action, counted = torch.randint(VOCABULARY, (N,)), torch.tensor([2, 0])
+    q, logsumexp = heads.q.logged(hidden, matrix, action, counted, matrix)
+    assert_close(q, expected[:, torch.arange(N), action])
+    assert_close(logsumexp, expected.logsumexp(-1)[:, counted])
+    assert heads.q.logged(hidden, matrix, action, None, matrix)[1] is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +107,9 @@ def test_a_tied_head_gives_no_gradient_to_the_lm_head():
     heads, matrix = make("tied")
     matrix.requires_grad_()
     hidden = torch.randn(N, WIDTH, requires_grad=True)
-    (heads.q(hidden, matrix).sum() + heads.q.logsumexp(hidden, matrix).sum()).backward()
+    action = torch.arange(N)
+    q, logsumexp = heads.q.logged(hidden, matrix, action, action, matrix.detach())
+    (heads.q(hidden, matrix).sum() + q.sum() + logsumexp.sum()).backward()
     assert matrix.grad is None
     assert hidden.grad.abs().min() > 0 and heads.q.map.grad.abs().min() > 0
 

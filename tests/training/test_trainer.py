@@ -104,7 +104,8 @@ def parameters(run):
 
 @pytest.mark.parametrize("algorithm", ["bc", "mc_awbc", "ilql", "awr", "return_conditioned"])
 def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, algorithm):
-    settings = {"algorithm": algorithm}
+    # Adam divides by the size of a gradient: where that is near its rounding error, only the latter would be compared.
+    settings = {"algorithm": algorithm, "adam_epsilon": 1e-6}
     if algorithm == "return_conditioned":
         settings["condition_dropout"] = 0.0  # drawn per micro-batch
     whole = trainer(tmp_path / "a", **settings)
