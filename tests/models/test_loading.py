@@ -119,7 +119,7 @@ def test_heads_are_fp32_in_a_bf16_model(kind, tmp_path):
         for name, tensor in model.value_heads.state_dict().items():
             assert tensor.dtype == torch.float32, name
         packed = packed_of(model, tiny_batch(), conservative=True)
-        assert {values.dtype for values in packed.values()} == {torch.float32}
+        assert {values.dtype for name, values in packed.items() if name != "counted"} == {torch.float32}
     reread = load_model(tmp_path / "guided", dtype=torch.bfloat16).value_heads.state_dict()
     for name, tensor in load_model(tmp_path / "guided").value_heads.state_dict().items():
         assert torch.equal(tensor, reread[name]), name
