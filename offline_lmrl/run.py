@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import transformers
 import yaml
@@ -43,6 +43,7 @@ from offline_lmrl.tasks import make_environment
 from offline_lmrl.tokens.tokenizers import load_tokenizer, train_tokenizer
 from offline_lmrl.training.checkpoint import noted_signals, step_of
 from offline_lmrl.training.config import BaseConfig
+from offline_lmrl.training.frozen import in_value_heads, largest_size
 from offline_lmrl.training.trainer import BaseTrainer
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,11 @@ class ModelConfig:
         None,
         "Fields of peft.LoraConfig, to train an adapter (and the heads) instead of the trunk of the model at `path`; "
         "null = train the trunk.",
+    )
+    freeze: Literal["trunk"] | None = setting(
+        None,
+        "trunk: train only the value heads of ilql, on hidden states that are computed once and kept on disk; the "
+        "policy stays that of the model. null = train the trunk too.",
     )
     trust_remote_code: bool = setting(False, "Allow code that is stored with the model to run.")
 
@@ -267,8 +273,16 @@ def build_trainer(config: RunConfig, rows: Rows, validation: Rows | None, enviro
             peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
         except (TypeError, ValueError) as error:
             raise InputError(f"model.lora: found {model.lora}, expected fields of peft.LoraConfig: {error}") from error
+    frozen = {}
+    if model.freeze is not None:
+        require(
+            ALGORITHMS[config.algorithm].trains_values and not ALGORITHMS[config.algorithm].plays,
+            f"model.freeze: found {model.freeze} with {config.algorithm}, expected null: only the value heads of ilql "
+            "can be trained without the trunk",
+        )
+        frozen["frozen_trunk"] = True
     sources = (environment, rows or None) if ALGORITHMS[config.algorithm].plays else (rows, validation)
-    return load_algorithm(config.algorithm)[1](network, args, *sources, tokenizer, peft_config)
+    return load_algorithm(config.algorithm)[1](network, args, *sources, tokenizer, peft_config, **frozen)
 
 
 def open_environment(config: RunConfig, players: Mapping[str, Any]) -> Any:
@@ -413,14 +427,18 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     """
     args, counts = copy.copy(config.args), Counter()
     args.push_to_hub = False  # Trainer creates the repository
-    config = replace(config, args=args)
+    frozen = config.model.freeze is not None
+    config = replace(config, args=args, model=replace(config.model, freeze=None))  # hidden states are not computed
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir
         world = open_environment(config, {})
         trainer = build_trainer(config, *read_data(config, counts), world)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    weights = dict(trainer.model.named_parameters())
+    parameters = sum(p.numel() for p in weights.values())
+    trained = sum(p.numel() for name, p in weights.items() if p.requires_grad and (in_value_heads(name) or not frozen))
+    kept = {"bytes of hidden states, at most": largest_size(trainer.train_dataset, trainer.model)} if frozen else {}
     return {
         **trainer.plan(),
+        **kept,
         "parameters": parameters,
         "trained parameters": trained,
         "memory for weights, gradients and optimizer": 4 * (parameters + 3 * trained),

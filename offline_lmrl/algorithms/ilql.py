@@ -43,6 +43,7 @@ from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expec
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.training.config import GuidedConfig, check_range
+from offline_lmrl.training.frozen import hidden_windows, in_value_heads
 from offline_lmrl.training.trainer import KNOWN_TURN, Encoding, OfflineTrainer, require_targets
 
 
@@ -210,11 +211,16 @@ class ILQLTrainer(OfflineTrainer):
     """The trainer that fits policy, Q and V together to scored trajectories.
 
     It takes the arguments of `OfflineTrainer`: model, settings, training data, held-out data, tokenizer, peft config.
+
+    Args:
+      frozen_trunk: True: train the heads alone, on hidden states that are computed once (training/frozen.py); π stays
+        that of the model.
     """
 
     algorithm = "ilql"
 
-    def __init__(self, model, args: ILQLConfig, *positional, **keywords):
+    def __init__(self, model, args: ILQLConfig, *positional, frozen_trunk: bool = False, **keywords):
+        self.frozen_trunk = frozen_trunk
         super().__init__(model, args, *positional, **keywords)
         self.target_updates = TargetUpdates(args.target_rate)
         self.add_callback(self.target_updates)
@@ -273,6 +279,22 @@ class ILQLTrainer(OfflineTrainer):
         start = windows.mean_return if args.initial_value is None else scale.apply_to_return(args.initial_value)
         heads = ValueHeadsConfig(kind=args.value_heads, initial_value=start, utterance=utterance)
         return add_value_heads(model, heads)
+
+    def prepare(self, model, train, held_out):
+        model, train, held_out = super().prepare(model, train, held_out)
+        if self.frozen_trunk:
+            require(self.peft_config is None, "model.freeze: found trunk beside model.lora, expected one of them")
+            require(
+                self.args.utterance_weight == 0,
+                f"utterance_weight: found {self.args.utterance_weight:g} together with model.freeze, expected 0",
+            )
+            for name, parameter in model.named_parameters():
+                if not in_value_heads(name):
+                    parameter.requires_grad_(False)
+            model.to(self.args.device)
+            train = hidden_windows(model, train)
+            held_out = held_out and hidden_windows(model, held_out)
+        return model, train, held_out
 
     def losses(self, outputs, batch):
         args, steps = self.args, batch["steps"]

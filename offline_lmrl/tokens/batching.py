@@ -205,6 +205,15 @@ class WindowDataset(PackedDataset):
             batch["environment"] = _tensors({"row": np.repeat(window, lengths), "state": state})
         return batch
 
+    def step_columns(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return the columns of the steps of these windows that name no place in a batch, (N,) each."""
+        named = {
+            "state",
+            *(name for name in self.flat if name.startswith(("next_", "end_")) and name != "end_discount"),
+        }
+        kept = [name for name in self.flat if name not in {*LISTS, *named}]
+        return _tensors({name: pick(self.flat[name], np.asarray(indices))[0] for name in kept})
+
     def surplus_batch(self) -> TokenBatch:
         """Return one window without steps, for a rank that has no data left but must run a forward pass."""
         batch = self.batch([0])

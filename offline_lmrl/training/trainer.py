@@ -465,4 +465,6 @@ class OfflineTrainer(BaseTrainer):
 
     def outputs(self, model, batch):
         request = StepRequest.of(batch, **self.request)
+        if "hidden" in batch:  # of a frozen trunk
+            return model(hidden=batch["hidden"], request=request) | {"log_prob": batch["log_prob"]}
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], request=request)
