@@ -98,8 +98,9 @@ def test_fitted_q_goes_on_behind_a_cut(policy):
     p0, p1 = chance_of_b(policy, S0), chance_of_b(policy, S1)
     from_s1 = [Trajectory((S1[-1], Turn("assistant", said, reward=paid))) for said, paid in (("a", 0.0), ("b", 1.0))]
     logs = [Trajectory(S1, terminated=False)] * 4 + [ENDS[0]] * 4 + from_s1 * 2  # no episode from s0 earns anything
-    found = fitted_q_evaluation(policy, numbered(logs * 4), FIT)
-    assert found.value == pytest.approx((8 * p0 * p1 + 4 * p1) / 12, abs=0.04)
+    # One fit is off by ± .03, so that the last digits of the policy's weights would decide.
+    found = fitted_q_evaluation(policy, numbered(logs * 4), replace(FIT, fits=4))
+    assert found.value == pytest.approx((8 * p0 * p1 + 4 * p1) / 12, abs=0.03)
 
 
 def test_fits_are_drawn_anew_and_the_same_again(policy):
