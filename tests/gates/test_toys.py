@@ -67,6 +67,7 @@ def test_corridor_needs_stitching(tmp_path, seed):
         )
 
     assert ilql("ilql", expectile=0.8) >= 0.9
+    assert ilql("quarter", expectile=0.8, conservative_share=0.25) >= 0.9  # the term at a quarter of the tokens
     assert ilql("monte_carlo", expectile=0.8, monte_carlo=1.0) < 0.5  # returns from a start are all 0
     sampled = play(tmp_path / "bc", logs, make, BCConfig, BCTrainer, 600, seed, 320, temperature=1.0)
     assert mean_return(sampled) < 0.3
