@@ -152,7 +152,7 @@ def largest_size(windows: WindowDataset, model: PreTrainedModel) -> int:
 
 def in_value_heads(name: str) -> bool:
     """True for the name of a parameter of the value heads, which are all that is trained on a frozen trunk."""
-    return name.startswith("value_heads.")
+    return "value_heads." in name  # an adapter puts its own name before it
 
 
 def _width(model: PreTrainedModel) -> int:

@@ -111,6 +111,22 @@ def test_a_run_with_a_frozen_trunk_is_planned_and_trained_from_its_settings(tmp_
     assert all(torch.equal(weight, base[name]) for name, weight in model.state_dict().items() if name in base)
 
 
+def test_heads_are_trained_on_the_frozen_trunk_of_a_run_with_an_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = trainer(tmp_path / "base", algorithm="bc")
+    base.save_model()
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = trainer(tmp_path / "adapted", algorithm="bc", model=str(tmp_path / "base"), lora=lora, max_steps=1)
+    adapted.train()
+    adapted.save_model()
+    config = config_of(tmp_path / "other")
+    config.model.path = str(tmp_path / "adapted")
+    before, after = (load_model(folder).state_dict() for folder in (tmp_path / "adapted", train(config)))
+    assert {name for name in after if not frozen.in_value_heads(name)} == set(before)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert any(after[name].any() for name in after if name.endswith("value_heads.q.map"))
+
+
 def test_what_a_frozen_trunk_cannot_train_is_refused(tmp_path):
     with pytest.raises(InputError, match="model.freeze: found trunk beside model.lora"):
         train(config_of(tmp_path, lora={"r": 2}))
