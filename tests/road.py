@@ -1,9 +1,10 @@
 """A new user's way on the real model, from thumbs logs to a served model: `make real`.
 
-Support chats with thumbs are prepared and checked, SmolLM2-135M-Instruct is trained on them with LoRA, β is chosen
-from held-out logs, the run is exported to all three forms and served. Then the plain model, the run, each export and
-the server reply to the same customers, and one table shows the share of wanted replies of each, its difference from
-the run, and the share of broken replies. Every step is a command that a guide names; each one is printed.
+Support chats with thumbs are prepared and checked, SmolLM2-135M-Instruct is trained on them with LoRA, its value heads
+go on alone, β is chosen from held-out logs, the run is exported to all three forms and served. Then the plain model,
+the run, each export and the server reply to the same customers, and one table shows the share of wanted replies of
+each, its difference from the run, and the share of broken replies. Every step is a command that a guide names; each
+one is printed.
 
 Run `python tests/road.py FOLDER`; `--replies N` sets the number of replies of each, `--seed S` that of the logs. The
 export for vLLM is played where `make engines` has made its environment, and left out, with a line, elsewhere.
@@ -270,7 +271,9 @@ def main() -> None:
     command("prepare", "support", "--output", data, "--seed", given.seed)
     command("check", data / "train.jsonl", data / "validation.jsonl", "--tokenizer", BASE)
     files = ["--data.train", data / "train.jsonl", "--data.validation", data / "validation.jsonl"]
-    command("train", "support/ilql", "--model.path", BASE, *files, "--args.output_dir", run)
+    policy = folder / "policy"
+    command("train", "support/ilql", "--model.path", BASE, *files, "--args.output_dir", policy)
+    command("train", "support/values", "--model.path", policy, *files, "--args.output_dir", run)
     command("evaluate", "logs", run, "--data", data / "validation.jsonl", "--output", folder / "choice")
     beta = json.loads((folder / "choice" / "choices.json").read_text())["chosen"]["beta"]
     print(f"\nβ chosen from the held-out logs: {beta:g}")
