@@ -92,7 +92,7 @@ def test_greedy_replies_to_200_prompts_are_the_runs_and_come_nearly_as_fast_as_p
         "plain again": {"engine": engine(FOLDER), "batches": measured},
     }
     answers, seconds = play(jobs, tmp_path)
-    form = replace(policy.config, temperature=0.0)
+    form = replace(policy.decoding, temperature=0.0)
     trial = Trial(policy, Prompts("questions", HISTORIES), ids, form, form)
     same = trial.identical(RunPlayer(policy).play(prompts, form, 0), answers["guided"][-1])
     assert same.met, same
