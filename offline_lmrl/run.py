@@ -43,7 +43,7 @@ from offline_lmrl.tasks import make_environment
 from offline_lmrl.tokens.tokenizers import load_tokenizer, train_tokenizer
 from offline_lmrl.training.checkpoint import noted_signals, step_of
 from offline_lmrl.training.config import BaseConfig
-from offline_lmrl.training.frozen import in_value_heads, largest_size
+from offline_lmrl.training.frozen import freeze_trunk, largest_size
 from offline_lmrl.training.trainer import BaseTrainer
 
 log = logging.getLogger(__name__)
@@ -273,15 +273,14 @@ def build_trainer(config: RunConfig, rows: Rows, validation: Rows | None, enviro
             peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
         except (TypeError, ValueError) as error:
             raise InputError(f"model.lora: found {model.lora}, expected fields of peft.LoraConfig: {error}") from error
-    frozen = {}
-    if model.freeze is not None:
-        require(
-            ALGORITHMS[config.algorithm].trains_values and not ALGORITHMS[config.algorithm].plays,
-            f"model.freeze: found {model.freeze} with {config.algorithm}, expected null: only the value heads of ilql "
-            "can be trained without the trunk",
-        )
-        frozen["frozen_trunk"] = True
-    sources = (environment, rows or None) if ALGORITHMS[config.algorithm].plays else (rows, validation)
+    algorithm = ALGORITHMS[config.algorithm]
+    require(
+        model.freeze is None or (algorithm.trains_values and not algorithm.plays),
+        f"model.freeze: found {model.freeze} with {config.algorithm}, expected null: only the value heads of ilql can "
+        "be trained without the trunk",
+    )
+    frozen = {} if model.freeze is None else {"frozen_trunk": True}
+    sources = (environment, rows or None) if algorithm.plays else (rows, validation)
     return load_algorithm(config.algorithm)[1](network, args, *sources, tokenizer, peft_config, **frozen)
 
 
@@ -432,9 +431,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir
         world = open_environment(config, {})
         trainer = build_trainer(config, *read_data(config, counts), world)
-    weights = dict(trainer.model.named_parameters())
-    parameters = sum(p.numel() for p in weights.values())
-    trained = sum(p.numel() for name, p in weights.items() if p.requires_grad and (in_value_heads(name) or not frozen))
+    if frozen:
+        freeze_trunk(trainer.model)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     kept = {"bytes of hidden states, at most": largest_size(trainer.train_dataset, trainer.model)} if frozen else {}
     return {
         **trainer.plan(),

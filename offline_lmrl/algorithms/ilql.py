@@ -43,7 +43,7 @@ from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expec
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.training.config import GuidedConfig, check_range
-from offline_lmrl.training.frozen import hidden_windows, in_value_heads
+from offline_lmrl.training.frozen import freeze_trunk, hidden_windows
 from offline_lmrl.training.trainer import KNOWN_TURN, Encoding, OfflineTrainer, require_targets
 
 
@@ -288,9 +288,7 @@ class ILQLTrainer(OfflineTrainer):
                 self.args.utterance_weight == 0,
                 f"utterance_weight: found {self.args.utterance_weight:g} together with model.freeze, expected 0",
             )
-            for name, parameter in model.named_parameters():
-                if not in_value_heads(name):
-                    parameter.requires_grad_(False)
+            freeze_trunk(model)
             model.to(self.args.device)
             train = hidden_windows(model, train)
             held_out = held_out and hidden_windows(model, held_out)

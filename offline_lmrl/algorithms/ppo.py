@@ -54,10 +54,11 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.actor_critic import ActorCritic
 from offline_lmrl.models.adapters import has_adapter, run_metadata
 from offline_lmrl.models.guided import as_guided, remove_heads
+from offline_lmrl.models.lm_head import packed_logits
 from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
-from offline_lmrl.models.step_outputs import collect_outputs, packed_logits
+from offline_lmrl.models.step_outputs import collect_outputs
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.ops.policy_gradient import (
     Moments,

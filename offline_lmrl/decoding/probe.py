@@ -20,7 +20,7 @@ from offline_lmrl.decoding.prompts import CachedModel, evaluating
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import without_adapter
 from offline_lmrl.models.guided import Guided
-from offline_lmrl.models.step_outputs import packed_logits
+from offline_lmrl.models.lm_head import packed_logits
 from offline_lmrl.tokens.rendering import Renderer
 
 TEXT = "Twelve sly wolves quickly jumped over my boxing dog, and ran."

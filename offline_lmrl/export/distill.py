@@ -40,8 +40,9 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.terminal import progress_bar
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import as_guided
+from offline_lmrl.models.lm_head import packed_logits
 from offline_lmrl.models.plain import plain
-from offline_lmrl.models.step_outputs import CHUNK, States, packed_logits, split_rows
+from offline_lmrl.models.step_outputs import CHUNK, States, split_rows
 from offline_lmrl.ops.policy_gradient import kl_exact
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import TokenBatch, reply_rows

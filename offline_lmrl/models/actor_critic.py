@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from offline_lmrl.models.lm_head import packed_logits
 from offline_lmrl.models.reward_model import Reward, head_of, score_bias
-from offline_lmrl.models.step_outputs import packed_logits, split_rows
+from offline_lmrl.models.step_outputs import split_rows
 from offline_lmrl.models.value_heads import ScalarHead
 from offline_lmrl.tokens.batching import TokenBatch
 

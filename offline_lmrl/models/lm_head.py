@@ -1,4 +1,4 @@
-"""log π of actions from the inputs of a model's LM head, without logits of the whole vocabulary.
+"""Logits at some states, and log π of actions from the inputs of a model's LM head, without logits of all tokens.
 
 A model's forward calls its LM head, and may then scale or bend the result. What it does is measured once, on made-up
 outputs of the head; where it is a scale and a soft cap, `action_log_prob` (ops/vocabulary.py) does the same in chunks.
@@ -45,12 +45,25 @@ def log_probs_at(
     if post is None:
         log_prob = -F.cross_entropy(outputs.logits[0].float(), action, reduction="none")
         return list(log_prob.split(counts)), hidden, table
-    form, groups = (
-        OutputHead(head.weight, head.bias, post, table),
-        zip(read[0].split(counts), action.split(counts), strict=True),
-    )
+    form = OutputHead(head.weight, head.bias, post, table)
+    groups = zip(read[0].split(counts), action.split(counts), strict=True)
     found = [action_log_prob(features, chosen, form, alike=alike) for features, chosen in groups]
     return found, hidden, table
+
+
+def packed_logits(model: PreTrainedModel, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute logits at N states only, which saves memory, and the hidden states of all positions.
+
+    Args:
+      model: a guided model, or a PeftModel around one.
+      row: (N,) long, the batch row of each state.
+      state: (N,) long, the position of each state in its row: tokens 0..state have been read.
+      inputs: keyword arguments of the forward for the whole batch, such as `input_ids` and `attention_mask`.
+    Returns: logits (N,V) of the token after each state, and the last hidden states (B,T,d).
+    """
+    with _reading(model.get_output_embeddings(), row, state, empty=False):
+        outputs, hidden = model.forward_with_hidden(use_cache=False, **inputs)
+    return outputs.logits[0], hidden
 
 
 def post_of(model: PreTrainedModel) -> Post | None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
 from offline_lmrl.logs.terminal import tracked
-from offline_lmrl.models.lm_head import log_probs_at, scores_dtype
+from offline_lmrl.models.lm_head import log_probs_at, packed_logits, scores_dtype
 from offline_lmrl.models.return_heads import outcomes
 from offline_lmrl.models.value_heads import ValueHeads
 from offline_lmrl.tokens.batching import ActionSteps, TokenBatch, WindowDataset, places_of, token_batches
@@ -90,8 +90,7 @@ def packed_outputs(model: PreTrainedModel, request: StepRequest, inputs: Mapping
     """
     steps, environment, extra = request.steps, request.environment, None
     if "hidden" in inputs:
-        weight, hidden = model.get_output_embeddings().weight, inputs["hidden"]
-        return _values(model, hidden, hidden, weight.detach().to(scores_dtype(weight)), request)
+        return _values(model, inputs["hidden"], inputs["hidden"], None, request)
     places = [(steps["row"], steps["state"], steps["action"])]
     if model.training and request.condition_dropout > 0:
         inputs = {**inputs, "input_ids": _without_conditions(model, inputs["input_ids"], request.condition_dropout)}
@@ -110,26 +109,6 @@ def packed_outputs(model: PreTrainedModel, request: StepRequest, inputs: Mapping
         read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
         packed |= _values(model, hidden, read, table, request)
     return packed
-
-
-def packed_logits(model: PreTrainedModel, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute logits at N states only, which saves memory, and the hidden states of all positions.
-
-    Args:
-      model: a guided model, or a PeftModel around one.
-      row: (N,) long, the batch row of each state.
-      state: (N,) long, the position of each state in its row: tokens 0..state have been read.
-      inputs: keyword arguments of the forward for the whole batch, such as `input_ids` and `attention_mask`.
-    Returns: logits (N,V) of the token after each state, and the last hidden states (B,T,d).
-    """
-    head = model.get_output_embeddings()
-    # The head gets (1,N,d), three axes as usual, and multiplies N states instead of B·T.
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
-    try:
-        outputs, hidden = model.forward_with_hidden(use_cache=False, **inputs)
-    finally:
-        handle.remove()
-    return outputs.logits[0], hidden
 
 
 def _without_conditions(model: PreTrainedModel, input_ids: Tensor, share: float) -> Tensor:
@@ -196,7 +175,7 @@ def _outcomes(
 
 
 def _values(
-    model: PreTrainedModel, hidden: Tensor, read: Tensor, table: Tensor, request: StepRequest
+    model: PreTrainedModel, hidden: Tensor, read: Tensor, table: Tensor | None, request: StepRequest
 ) -> dict[str, Tensor]:
     """Compute Q, V and their targets at the N steps.
 
@@ -204,7 +183,7 @@ def _values(
       model: the guided model.
       hidden: hidden states of the rows with steps, (windows,T,d).
       read: hidden states of all rows, (B,T,d), without gradient, in which next states are looked up.
-      table: the LM head's weight without gradient in the dtype of scores, (V,d).
+      table: the LM head's weight without gradient in the dtype of scores, (V,d); None = cast it if it is needed.
       request: what to compute.
     """
     steps, scale = request.steps, request.value_grad_scale
@@ -212,6 +191,8 @@ def _values(
     action = steps["action"].unsqueeze(1)
     states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
     counted = _counted(request, model.training)
+    if counted is not None and table is None:
+        table = matrix.detach().to(scores_dtype(matrix))
     q, logsumexp = heads.q.logged(states, matrix, steps["action"], counted, table)
     packed = {"q": q, "v": heads.v(states)[0]}  # V has an axis of one head, (1,N)
     if counted is not None:

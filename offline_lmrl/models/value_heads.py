@@ -225,7 +225,7 @@ class QHead:
 
     @_checked
     def logged(
-        self, hidden: Tensor, matrix: Tensor, action: Tensor, counted: Tensor | None, table: Tensor
+        self, hidden: Tensor, matrix: Tensor, action: Tensor, counted: Tensor | None, table: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Compute Q of logged actions, and log Σ_a exp Q(s,a) at some states without Q of all tokens in memory.
 
@@ -234,7 +234,7 @@ class QHead:
           matrix: the weight of the LM head, (V,d).
           action: (N,) long.
           counted: the C states of which the sum is wanted, (C,) long; None = none.
-          table: `matrix` without gradient in the dtype of the products that are summed.
+          table: `matrix` without gradient in the dtype of the products that are summed; unused without `counted`.
         Returns: Q, (H,N), fp32; the logarithms of the sums, (H,C), fp32, or None.
         """
         features = self.features(hidden)

@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from torch import nn
 from transformers import PreTrainedModel
 
+from offline_lmrl.decoding.prompts import evaluating
 from offline_lmrl.errors import require
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.models.lm_head import log_probs_at
-from offline_lmrl.models.step_outputs import TOKEN_BUDGET, split_rows
-from offline_lmrl.tokens.batching import ActionSteps, PackedDataset, WindowDataset, places_of, token_batches
+from offline_lmrl.models.step_outputs import TOKEN_BUDGET, collect_outputs, split_rows
+from offline_lmrl.tokens.batching import PackedDataset, TokenBatch, WindowDataset, places_of, token_batches
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class HiddenWindows(PackedDataset):
     Args:
       windows: the windows, with N steps.
       hidden: hidden states at P places, (P,d) bf16, mapped from disk.
-      place: index of each step's places among them, (3,N), in the order of PLACES.
+      place: index of each step's places among them, (N,3), in the order of PLACES.
       log_prob: log π of each action, (N,), in nats.
     """
 
@@ -76,8 +77,8 @@ class HiddenWindows(PackedDataset):
         """
         index = np.asarray(indices)
         chosen, _ = places_of(self.windows.step_offsets, index)
-        used, column = np.unique(self.place[:, chosen], return_inverse=True)
-        at = dict(zip(PLACES, torch.from_numpy(column.reshape(len(PLACES), -1)), strict=True))
+        used, column = np.unique(self.place[chosen], return_inverse=True)
+        at = dict(zip(PLACES, torch.from_numpy(column.reshape(-1, len(PLACES))).unbind(-1), strict=True))
         steps = self.windows.step_columns(index)
         for name, state in at.items():
             steps |= {f"{name}row": torch.zeros_like(state), f"{name}state": state}
@@ -155,6 +156,13 @@ def in_value_heads(name: str) -> bool:
     return "value_heads." in name  # an adapter puts its own name before it
 
 
+def freeze_trunk(model: nn.Module) -> None:
+    """Freeze all parameters of a guided model, or of a PeftModel around one, but those of its value heads."""
+    for name, parameter in model.named_parameters():
+        if not in_value_heads(name):
+            parameter.requires_grad_(False)
+
+
 def _width(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[1]
 
@@ -172,31 +180,25 @@ def _check_space(folder: Path, most: int) -> None:
 @torch.no_grad()
 def _compute(model: PreTrainedModel, windows: WindowDataset, folder: Path) -> None:
     """Run the trunk once over the windows and write their hidden states to a folder."""
-    training, count = model.training, 0
-    place = np.zeros((len(PLACES), windows.action_tokens), np.int64)
-    log_prob = np.zeros(windows.action_tokens, np.float32)
-    batches = token_batches(windows.lengths, TOKEN_BUDGET)
     folder.mkdir(exist_ok=True)
-    model.eval()
-    with open(folder / "hidden.bf16", "wb") as file:
-        for index in tracked(batches, "computing hidden states", len(batches)):
-            batch = send_to_device(windows.batch(index), model.device)
+    batches, count = token_batches(windows.lengths, TOKEN_BUDGET), 0
+    with open(folder / "hidden.bf16", "wb") as file, evaluating(model):
+
+        def write(batch: TokenBatch) -> dict[str, torch.Tensor]:
+            nonlocal count
             steps, (own, extra) = batch["steps"], split_rows(batch)
-            (found,), hidden, _ = log_probs_at(model, [_at(steps)], True, **own)
+            actions = steps["row"], steps["state"], steps["action"]
+            (log_prob,), hidden, _ = log_probs_at(model, [actions], True, **own)
             if len(extra["input_ids"]):
                 hidden = torch.cat([hidden, model.hidden_states(**extra)])
-            wanted = torch.stack([steps[f"{name}row"] * hidden.shape[1] + steps[f"{name}state"] for name in PLACES])
-            used, column = wanted.unique(return_inverse=True)
+            columns = [steps[f"{name}row"] * hidden.shape[1] + steps[f"{name}state"] for name in PLACES]
+            used, place = torch.stack(columns, dim=-1).unique(return_inverse=True)
             rows = hidden.flatten(0, 1)[used].to(torch.bfloat16).cpu()
             file.write(rows.view(torch.int16).numpy().tobytes())
-            chosen, _ = places_of(windows.step_offsets, index)
-            place[:, chosen], log_prob[chosen] = count + column.cpu().numpy(), found.float().cpu().numpy()
             count += len(rows)
-    model.train(training)
-    np.save(folder / "place.npy", place)
-    np.save(folder / "log_prob.npy", log_prob)
+            return {"log_prob": log_prob, "place": place + (count - len(rows))}
+
+        shown = tracked(batches, "computing hidden states", len(batches))
+        for name, values in collect_outputs(windows, write, model.device, shown).items():
+            np.save(folder / f"{name}.npy", values)
     (folder / "shape.json").write_text(json.dumps({"places": count, "width": _width(model)}))
-
-
-def _at(steps: ActionSteps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return steps["row"], steps["state"], steps["action"]

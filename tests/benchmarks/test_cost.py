@@ -3,8 +3,8 @@
 Run with `pytest -m benchmarks -s`.
 """
 
+import functools
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -15,10 +15,11 @@ import torch
 
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens.tokenizers import train_tokenizer
+from tests.benchmarks import pairs
 
 pytestmark = pytest.mark.benchmarks
 
-REPEATS = 9
+paired = functools.partial(pairs.paired, clock=time.perf_counter)
 SHAPES = {
     "maze": {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocabulary": 320, "length": 30, "rows": 128},
     "gpt2-small": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocabulary": 50257, "length": 128, "rows": 4},
@@ -85,22 +86,9 @@ def step_of(shape_name, kind):
     return step
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def paired(first, second):
-    """(median, least, greatest) of first/second over REPEATS neighbouring pairs, after one warm-up of each."""
-    first(), second()
-    ratios = [seconds(first) / seconds(second) for _ in range(REPEATS)]
-    return statistics.median(ratios), min(ratios), max(ratios)
-
-
 def report(name, ratio):
     print(
-        f"\n{name}: median {ratio[0]:.2f}, range {ratio[1]:.2f} to {ratio[2]:.2f} over {REPEATS} pairs, "
+        f"\n{name}: median {ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] over {pairs.PAIRS} pairs, "
         f"{torch.get_num_threads()} threads"
     )
 

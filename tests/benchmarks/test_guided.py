@@ -6,17 +6,15 @@ smallest to the second largest of nine. Time is that of the process on its CPUs,
 the clock.
 """
 
-import statistics
-import time
-
 import pytest
 import torch
 
+from tests.benchmarks.pairs import paired
 from tests.smollm2 import FOLDER, needs_smollm2
 
 pytestmark = pytest.mark.benchmarks
 
-PAIRS, TOKENS, PROMPT = 9, 12, 4
+TOKENS, PROMPT = 12, 4
 BETA = 2.0
 FORMS = {"default form": {"support": 0.02}, "no filter": {}}
 
@@ -63,30 +61,13 @@ def generation(model, ids, form, beta):
     return decode
 
 
-def seconds(decode):
-    start = time.process_time()
-    decode()
-    return time.process_time() - start
-
-
-def speed(guided, plain):
-    """Return median, low and high of plain time ÷ guided time over PAIRS neighbouring pairs, after a warm-up."""
-    guided(), plain()
-    ratios = []
-    for i in range(PAIRS):
-        first, second = (guided, plain) if i % 2 else (plain, guided)
-        times = {first: seconds(first), second: seconds(second)}
-        ratios.append(times[plain] / times[guided])
-    low, high = sorted(ratios)[1], sorted(ratios)[-2]
-    return statistics.median(ratios), low, high
-
-
 def print_speeds(make, dtype, rows):
     model = make().to(dtype)
     ids = torch.arange(PROMPT) + 300 + 1000 * torch.arange(rows).unsqueeze(1)  # rows that share no work
     for decoding in (our_decoding, generation):
         for name, form in FORMS.items():
-            median, low, high = speed(decoding(model, ids, form, BETA), decoding(model, ids, form, 0.0))
+            plain, guided = (decoding(model, ids, form, beta) for beta in (0.0, BETA))
+            median, low, high = paired(plain, guided)
             print(
                 f"\n{make.__name__:10} {str(dtype)[6:]:8} B {rows:2}  {decoding.__name__:12} {name:16} "
                 f"{median:.2f} [{low:.2f}, {high:.2f}]",

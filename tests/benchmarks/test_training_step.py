@@ -6,9 +6,6 @@ ratios are of process CPU time, of neighbouring pairs; they are printed with an 
 asserted.
 """
 
-import statistics
-import time
-
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -26,10 +23,10 @@ from transformers import (
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.logs.trajectory import Trajectory, Turn
+from tests.benchmarks.pairs import paired
 
 pytestmark = pytest.mark.benchmarks
 
-PAIRS = 9  # an odd number; their second least and second greatest ratio are a 96 % interval of the median
 SMOLLM2 = "models/smollm2-135m"
 SHAPES = {
     "gpt2-small": {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257, "tokens": 128, "rows": 4},
@@ -135,19 +132,6 @@ def steps_of(ids, agent):
     places = {"next_row": row, "next_state": state + 1, "end_row": row, "end_state": torch.full_like(row, tokens - 1)}
     return {"row": row, "state": state, "action": ids[row, state + 1], "closes_turn": closes, "has_target": known,
             "bootstrap": 1.0 - closes.float(), "reward": closes.float()} | places  # fmt: skip
-
-
-def cpu_time(function):
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def paired(first, second):
-    """(median, low, high) of first/second over PAIRS neighbouring pairs, after one warm-up of each."""
-    first(), second()
-    ratios = sorted(cpu_time(first) / cpu_time(second) for _ in range(PAIRS))
-    return statistics.median(ratios), ratios[1], ratios[-2]
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -1,7 +1,7 @@
 """The cells on which the rule of choice is judged: a task, a method and a training seed, with every candidate played.
 
 `measure` plays a run with every candidate and lets the rule choose from held-out logs; `kept` adds the gains up. The
-shipped rows are configs/support/choosing_beta.jsonl; `pytest -m gates -s tests/gates/test_choosing.py` trains and
+shipped rows are configs/support/results.jsonl; `pytest -m gates -s tests/gates/test_choosing.py` trains and
 measures a task again.
 """
 
