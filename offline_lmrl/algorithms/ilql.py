@@ -290,8 +290,9 @@ class ILQLTrainer(OfflineTrainer):
             )
             freeze_trunk(model)
             model.to(self.args.device)
-            train = hidden_windows(model, train)
-            held_out = held_out and hidden_windows(model, held_out)
+            with self.args.main_process_first():  # the other processes read what it has written
+                train = hidden_windows(model, train)
+                held_out = held_out and hidden_windows(model, held_out)
         return model, train, held_out
 
     def losses(self, outputs, batch):

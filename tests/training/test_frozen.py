@@ -1,5 +1,11 @@
 """A frozen trunk: hidden states are computed once, heads are trained on them, and π stays what it was."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,7 +16,7 @@ from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.models.loading import load_model
 from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, dry_run, train
 from offline_lmrl.training import frozen
-from tests.training.test_trainer import NO_DROPOUT, SPEC, TOKENIZER, build_model, logs, trainer
+from tests.training.test_trainer import NO_DROPOUT, SPEC, TOKENIZER, build_model, logs, parameters, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +140,31 @@ def test_what_a_frozen_trunk_cannot_train_is_refused(tmp_path):
         train(config_of(tmp_path, algorithm="bc"))
     with pytest.raises(InputError, match="utterance_weight: found 1 together with model.freeze, expected 0"):
         frozen_trainer(tmp_path, utterance_weight=1.0)
+
+
+RANKS = """
+import torch
+from tests.training.test_frozen import frozen_trainer
+from tests.training.test_trainer import parameters
+run = frozen_trainer({folder!r}, per_device_train_batch_size=4)
+run.train()
+if run.args.process_index == 0:
+    torch.save(parameters(run), {out!r})
+torch.distributed.barrier()  # a rank that leaves early takes the other's connections down with it
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_read_one_file_and_train_as_one(tmp_path, cache):
+    one = frozen_trainer(tmp_path / "one", per_device_train_batch_size=8)
+    one.train()
+    (written,) = cache.iterdir()
+    shutil.rmtree(written)
+    out = tmp_path / "out.pt"
+    (tmp_path / "script.py").write_text(RANKS.format(folder=str(tmp_path / "two"), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*command, str(tmp_path / "script.py")], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    assert [path.name for path in cache.iterdir()] == [written.name]
+    assert_close(torch.load(out), parameters(one), atol=1e-4, rtol=0)
