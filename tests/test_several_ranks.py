@@ -1,21 +1,11 @@
 """Several processes: what they do together, each does equally often, whatever rows it was given."""
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.ranks import run_ranks
 from tests.training.test_trainer import logs, trainer
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-END = """
-torch.distributed.barrier()  # a rank that leaves early takes the other's connections down with it
-torch.distributed.destroy_process_group()
-"""
 EVALUATE = """
 import torch
 from tests.training.test_trainer import logs, trainer
@@ -26,21 +16,6 @@ for rows in {rows!r}:
     if run.args.process_index == 0:
         torch.save([row["eval_loss"] for row in run.state.log_history if "eval_loss" in row], f"{folder}/{{rows}}.pt")
 """
-
-
-def run_ranks(script: str, ranks: int, folder: Path) -> None:
-    """Runs a script under torchrun; a hang fails."""
-    file = folder / "script.py"
-    file.write_text(script + END)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [*TORCHRUN, str(ranks), str(file)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True) as process:
-        try:
-            errors = process.communicate(timeout=180)[1]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail("the ranks wait for each other")
-    assert process.returncode == 0, errors.decode()[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Commands that learn, and the report on what was learnt: train, compare, report."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -56,24 +57,31 @@ def train(argv: Sequence[str]) -> None:
         for name, value in run.dry_run(config).items():
             print(visible(f"{name}: {value:,}"))
     else:
+        stopped = None
         try:
             folder = run.train(config)
         except Stopped as stop:
-            _leave_together()
-            if PartialState().is_main_process:  # only this process reports the stop
-                raise
-            sys.exit(128 + stop.number)
-        if PartialState().is_main_process:
+            stopped = stop.with_traceback(None)  # its frames would keep the trainer
+        leave_together()
+        if PartialState().is_main_process:  # only this process reports the end
+            if stopped:
+                raise stopped
             print(folder)
-        _leave_together()
+        elif stopped:
+            sys.exit(128 + stopped.number)
 
 
-def _leave_together() -> None:
-    """Wait for all ranks, then close their connections; a rank that exits earlier would make the others fail."""
+def leave_together() -> None:
+    """Wait for all ranks, then close their connections; a rank that exits earlier would make the others fail.
+
+    A trainer that is still referenced keeps the connections' threads, and such a thread can abort the process at its
+    exit, because it frees a tensor that Python no longer can.
+    """
     from accelerate import PartialState
 
     ranks = PartialState()
     ranks.wait_for_everyone()
+    gc.collect()
     ranks.destroy_process_group()
 
 

@@ -1,10 +1,6 @@
 """A frozen trunk: hidden states are computed once, heads are trained on them, and π stays what it was."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.models.loading import load_model
 from offline_lmrl.run import DataConfig, ModelConfig, RunConfig, dry_run, train
 from offline_lmrl.training import frozen
+from tests.ranks import run_ranks
 from tests.training.test_trainer import NO_DROPOUT, SPEC, TOKENIZER, build_model, logs, parameters, trainer
 
 
@@ -150,8 +147,6 @@ run = frozen_trainer({folder!r}, per_device_train_batch_size=4)
 run.train()
 if run.args.process_index == 0:
     torch.save(parameters(run), {out!r})
-torch.distributed.barrier()  # a rank that leaves early takes the other's connections down with it
-torch.distributed.destroy_process_group()
 """
 
 
@@ -161,10 +156,6 @@ def test_two_processes_read_one_file_and_train_as_one(tmp_path, cache):
     (written,) = cache.iterdir()
     shutil.rmtree(written)
     out = tmp_path / "out.pt"
-    (tmp_path / "script.py").write_text(RANKS.format(folder=str(tmp_path / "two"), out=str(out)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([*command, str(tmp_path / "script.py")], capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    run_ranks(RANKS.format(folder=str(tmp_path / "two"), out=str(out)), 2, tmp_path)
     assert [path.name for path in cache.iterdir()] == [written.name]
     assert_close(torch.load(out), parameters(one), atol=1e-4, rtol=0)

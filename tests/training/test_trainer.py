@@ -28,6 +28,7 @@ from offline_lmrl.training import checkpoint as checkpoint_module
 from offline_lmrl.training import loading
 from offline_lmrl.training.checkpoint import Signals, noted_signals, rotate
 from offline_lmrl.training.loading import LengthGroupedSampler
+from tests.ranks import run_ranks
 from tests.tiny import TOKENIZERS
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
@@ -419,10 +420,8 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path, adapter, re
 
 
 SHARDED = """
-import sys
-sys.path.insert(0, {tests!r})
 import torch
-from test_trainer import SPLIT, logs, trainer, parameters
+from tests.training.test_trainer import SPLIT, logs, trainer, parameters
 settings = dict(data=logs({episodes}), per_device_train_batch_size=4, **{settings!r}, **SPLIT)
 run = trainer({folder!r}, save_strategy="steps", save_steps=1, **settings)
 run.train()
@@ -431,8 +430,6 @@ again.train(resume_from_checkpoint={folder!r} + "/checkpoint-" + str(run.state.m
 assert torch.equal(parameters(again), parameters(run))
 if run.args.process_index == 0:
     torch.save((parameters(run), [row["loss"] for row in run.state.log_history if "loss" in row]), {out!r})
-torch.distributed.barrier()  # a rank that leaves early takes the other's connections down with it
-torch.distributed.destroy_process_group()
 """
 SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 3e-3}
 
@@ -458,13 +455,8 @@ def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, 
         settings |= {"condition_dropout": 1.0, "return_weight": 1.0, "environment_weight": 0.5}
     one = trainer(tmp_path / "one", data=logs(episodes), per_device_train_batch_size=8, **settings, **SPLIT)
     assert len(one.train_dataset) % 8 == rest  # up to 4: the second process is left without a row
-    script, out = tmp_path / "script.py", tmp_path / "out.pt"
-    tests, folder = str(Path(__file__).parent), str(tmp_path / "two")
-    script.write_text(SHARDED.format(tests=tests, folder=folder, out=str(out), episodes=episodes, settings=settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr.decode()[-20000:]
+    out, folder = tmp_path / "out.pt", str(tmp_path / "two")
+    run_ranks(SHARDED.format(folder=folder, out=str(out), episodes=episodes, settings=settings), 2, tmp_path)
     sharded, losses = torch.load(out)
     one.train()
     assert losses == pytest.approx([row["loss"] for row in one.state.log_history if "loss" in row], abs=1e-5)
