@@ -27,9 +27,8 @@ Row = dict[str, Any]
 def measure(
     cell: Mapping[str, Any],
     policy: LanguagePolicy,
-    environment: Any,
+    played: Mapping[str, tuple[Any, range]],
     logs: Sequence[Trajectory],
-    seeds: Mapping[str, range],
     choices: Sequence[Choice],
 ) -> list[Row]:
     """Return one row per candidate of a cell, the plain policy first.
@@ -37,9 +36,9 @@ def measure(
     Args:
       cell: `task`, `method` and `seed`, which every row repeats.
       policy: the trained policy, with β 0 and no requested return.
-      environment: a result of `make_environment`.
+      played: a result of `make_environment` and the seeds of its episodes, by purpose: "selection", on which the best
+        choice by returns is found, and "report".
       logs: held-out logs, from which the rule chooses.
-      seeds: episode seeds by purpose: "selection", on which the best choice by returns is found, and "report".
       choices: the candidates.
     """
     table = measure_choices(policy, logs, choices)
@@ -48,7 +47,7 @@ def measure(
     for row in table.rows:
         player = policy.with_decoding(beta=row.choice.beta, ask=row.choice.ask)
         scores = {}
-        for purpose, episodes in seeds.items():
+        for purpose, (environment, episodes) in played.items():
             scores[purpose] = [one["score"] for one in evaluate_policy(player, environment, episodes).episodes]
         rows.append(
             {
