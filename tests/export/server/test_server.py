@@ -332,10 +332,16 @@ def test_50_disconnects_leave_nothing(policy):
             body = {"messages": HELLO, "n": 1 + i % 3, "stream": i % 2 == 0, "max_tokens": 200}
             leave(server, body, None if i % 2 == 0 and i % 4 else 0.01 * (i % 3))
         loop.step = step
-        assert idle(server) == (0, 0, 0, 0)
-        assert threading.active_count() == threads
-        gc.collect()
-        assert not any(type(one) in (Job, Exchange) for one in gc.get_objects())
+
+        def left():
+            gc.collect()
+            objects = sum(type(one) in (Job, Exchange) for one in gc.get_objects())
+            return *idle(server), threading.active_count() - threads, objects
+
+        end = time.monotonic() + 20  # a busy machine reads the last requests after their clients have left
+        while any(left()) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert left() == (0, 0, 0, 0, 0, 0)
         assert call(server, body={"messages": HELLO})[0] == 200
 
 
