@@ -11,15 +11,19 @@ replies and of replies that are drawn anew every few steps, first by the run and
 distillation: Agarwal et al. 2024, GKD), because the copy will be read after its own tokens.
 
 Only the last layers and the final norm are trained: the values are functions of the hidden states that they compute,
-and a backward pass through all layers costs several times as much. The LM head stays as it is, so a model whose LM
-head is its embedding keeps it so, and only changes of π that the LM head can express are learnt.
+and a backward pass through all layers costs several times as much. What the layers below compute, and what the run
+would say, does not change, so the run reads a reply once, and many steps can learn from it, each at the cost of a pass
+through the last layers. The LM head stays as it is, so a model whose LM head is its embedding keeps it so, and only
+changes of π that the LM head can express are learnt.
 """
 
 import copy
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.config import DecodingConfig
-from offline_lmrl.decoding.distribution import divisor, reduce_q
+from offline_lmrl.decoding.distribution import ModelOutputs, divisor, next_token, reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import Sampler
 from offline_lmrl.errors import require
@@ -40,19 +44,36 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.terminal import progress_bar
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import as_guided
-from offline_lmrl.models.lm_head import packed_logits
+from offline_lmrl.models.lm_head import head_inputs, logits_of, packed_logits
 from offline_lmrl.models.plain import plain
 from offline_lmrl.models.step_outputs import CHUNK, States, split_rows
 from offline_lmrl.ops.policy_gradient import kl_exact
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.batching import TokenBatch, reply_rows
+from offline_lmrl.tokens.batching import TokenBatch, reply_rows, token_batches
 
+READ_AT_ONCE = 4096  # tokens, padding included
 WARM_UP = 0.05  # share of the steps in which the learning rate rises; it then falls linearly to a tenth
 MEASURED = 200  # own replies on which the bounds are measured
 LARGEST_KL = 0.02  # nats per token
 LARGEST_SHIFT = 0.05  # of the standard deviation of Q per token over replies
 
+Item = TypeVar("Item")
 Text = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of the reply to it
+
+
+class Lesson(NamedTuple):
+    """A reply as the run reads it.
+
+    text: prompt and reply.
+    lower: what the first trained layer reads at the T tokens of both, (T,d).
+    features: what the run's LM head reads at the N states of the reply, (N,d).
+    hidden: the run's last hidden states there, (N,d), which its values read.
+    """
+
+    text: Text
+    lower: Tensor
+    features: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,20 +107,23 @@ def distil(policy: LanguagePolicy, logged: Sequence[Text], settings: Distillatio
     """
     dtype = policy.model.dtype
     student = as_guided(plain(copy.deepcopy(policy.model)).float()).eval()
-    weights = _trained_weights(student, settings.layers)
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    pupil = _Pupil(student, settings.layers)
+    optimizer = torch.optim.AdamW(pupil.weights, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng, per_round = random.Random(0), -(-settings.steps // settings.rounds)
-    of_logs, drawn, own = _endless(logged, rng), iter(()), -(-settings.batch_size // 2)
+    of_logs, own = _endless(pupil.read(policy.model, logged), rng), -(-settings.batch_size // 2)
+    lessons: list[Lesson] = []
     with progress_bar("distilling", settings.steps) as progress:
         for step in range(settings.steps):
             if step % per_round == 0:
                 prompts = [prompt for prompt, _ in rng.sample(logged, min(settings.prompts, len(logged)))]
-                drawn = _endless(_replies(policy, None if step == 0 else student, prompts, seed=step), rng)
-            texts = [next(drawn if i < own else of_logs) for i in range(settings.batch_size)]
+                texts = _replies(policy, None if step == 0 else student, prompts, seed=step)
+                lessons += pupil.read(policy.model, texts)
+                drawn = _endless(lessons, rng)
+            chosen = [next(drawn if i < own else of_logs) for i in range(settings.batch_size)]
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
-            _accumulate(policy.model, student, policy.decoding, texts)
-            nn.utils.clip_grad_norm_(weights, 1.0)
+            pupil.learn(policy, chosen)
+            nn.utils.clip_grad_norm_(pupil.weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             progress(step + 1, settings.steps)
@@ -145,7 +169,7 @@ def divergence(
         states = States(teacher, batch["input_ids"], hidden, steps, logits.float())
         log_p = states.distribution(decoding)
     logits, _ = packed_logits(student, *where, **own)
-    log_q = (logits.float() / divisor(decoding.temperature)).log_softmax(-1)
+    log_q = _log_q(logits, decoding)
     return kl_exact(log_p, log_q), states, log_p, log_q
 
 
@@ -225,20 +249,6 @@ def bounded_distilled(row: Row) -> Row | None:
     return replace(row, bound=bound, met=met)
 
 
-def _accumulate(teacher: nn.Module, student: PreTrainedModel, decoding: DecodingConfig, texts: Sequence[Text]) -> None:
-    """Add the gradient of the mean KL over the states of some replies, for a few replies at a time.
-
-    So many are computed at once that one table over states and vocabulary has at most CHUNK entries.
-    """
-    total = sum(len(reply) for _, reply in texts)
-    vocabulary = student.get_output_embeddings().weight.shape[0]
-    texts = sorted(texts, key=lambda text: len(text[0]) + len(text[1]))  # similar lengths need little padding
-    at_once = max(1, CHUNK // (vocabulary * max(len(reply) for _, reply in texts)))
-    for start in range(0, len(texts), at_once):
-        batch = _batch(texts[start : start + at_once], student.device)
-        (divergence(teacher, student, decoding, batch)[0].sum() / total).backward()
-
-
 def _replies(
     policy: LanguagePolicy, student: PreTrainedModel | None, prompts: Sequence[Sequence[int]], seed: int
 ) -> list[Text]:
@@ -256,14 +266,18 @@ def plain_decoding(decoding: DecodingConfig) -> DecodingConfig:
     return replace(decoding, top_k=None, top_p=None, min_p=None, support=0.0)
 
 
+def _log_q(logits: Tensor, decoding: DecodingConfig) -> Tensor:
+    return (logits.float() / divisor(decoding.temperature)).log_softmax(-1)
+
+
 def _batch(texts: Sequence[Text], device: torch.device) -> TokenBatch:
     return send_to_device(reply_rows(texts).batch(range(len(texts))), device)
 
 
-def _endless(texts: Sequence[Text], rng: random.Random) -> Iterator[Text]:
-    """Yield the texts again and again, each time in another order."""
+def _endless(items: Sequence[Item], rng: random.Random) -> Iterator[Item]:
+    """Yield the items again and again, each time in another order."""
     while True:
-        yield from rng.sample(texts, len(texts))
+        yield from rng.sample(items, len(items))
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -271,24 +285,100 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1.0, WARM_UP * steps)) * (1 - 0.9 * step / steps)
 
 
-def _trained_weights(student: PreTrainedModel, layers: int | None) -> list[nn.Parameter]:
-    """Freeze all weights of a model but those of its last layers and of the norm after them; return these.
+class _Pupil:
+    """A copy of the policy whose last layers, and the norm after them, are trained; all other weights are frozen.
+
+    weights: what is trained.
 
     Args:
-      student: a guided model without heads.
+      student: the copy: a guided model without heads.
       layers: number of last layers; None, or more than there are = all.
     """
-    student.requires_grad_(False)
-    count = student.config.get_text_config().num_hidden_layers
-    lists = (module for module in student.get_decoder().modules() if isinstance(module, nn.ModuleList))
-    stack = next(module for module in lists if len(module) == count)
-    last = stack[-min(layers or count, count) :]
-    inside = {*stack.parameters(), *student.get_output_embeddings().parameters()}
-    inside |= {
-        table for module in student.modules() if isinstance(module, nn.Embedding) for table in module.parameters()
-    }
-    norms = [weight for weight in student.get_decoder().parameters() if weight not in inside]
-    chosen = [*last.parameters(), *norms]
-    for weight in chosen:
-        weight.requires_grad_(True)
-    return chosen
+
+    def __init__(self, student: PreTrainedModel, layers: int | None):
+        self.student = student
+        stack = _stack(student)
+        self.first = len(stack) - min(layers or len(stack), len(stack))
+        student.requires_grad_(False)
+        tables = [module.weight for module in student.modules() if isinstance(module, nn.Embedding)]
+        others = {*stack.parameters(), *student.get_output_embeddings().parameters(), *tables}
+        norms = [weight for weight in student.get_decoder().parameters() if weight not in others]
+        self.weights = [*stack[self.first :].parameters(), *norms]
+        for weight in self.weights:
+            weight.requires_grad_(True)
+
+    @torch.no_grad()
+    def read(self, teacher: nn.Module, texts: Sequence[Text]) -> list[Lesson]:
+        """Let the run read some replies.
+
+        Args:
+          teacher: the run's guided model, of which the student is a copy.
+          texts: the replies.
+        """
+        found: list[Lesson | None] = [None] * len(texts)
+        lower: list[Tensor] = []
+
+        def keep(_, args: tuple, keywords: dict[str, Any]) -> None:
+            lower.append(args[0] if args else keywords["hidden_states"])
+
+        hook = _stack(teacher)[self.first].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            for chosen in token_batches(np.array([len(prompt) + len(reply) for prompt, reply in texts]), READ_AT_ONCE):
+                batch = _batch([texts[i] for i in chosen], self.student.device)
+                steps, (own, _) = batch["steps"], split_rows(batch)
+                features, hidden = head_inputs(teacher, steps["row"], steps["state"], **own)
+                states = lower.pop()
+                for place, i in enumerate(chosen):
+                    mine, seen = steps["row"] == place, own["attention_mask"][place].bool()
+                    at_states = hidden[place, steps["state"][mine]]
+                    found[i] = Lesson(texts[i], states[place, seen], features[mine], at_states)
+        finally:
+            hook.remove()
+        return found
+
+    def learn(self, policy: LanguagePolicy, lessons: Sequence[Lesson]) -> None:
+        """Add the gradient of the mean KL over the states of some replies, for a few replies at a time.
+
+        So many are computed at once that one table over states and vocabulary has at most CHUNK entries.
+        """
+        total = sum(len(lesson.hidden) for lesson in lessons)
+        vocabulary = self.student.get_output_embeddings().weight.shape[0]
+        lessons = sorted(lessons, key=lambda lesson: len(lesson.lower))  # similar lengths need little padding
+        at_once = max(1, CHUNK // (vocabulary * max(len(lesson.hidden) for lesson in lessons)))
+        for start in range(0, len(lessons), at_once):
+            (self.divergence(policy, lessons[start : start + at_once]).sum() / total).backward()
+
+    def divergence(self, policy: LanguagePolicy, lessons: Sequence[Lesson]) -> Tensor:
+        """Compute KL(p ‖ q) at the states of some replies, (N,), in nats, with the gradient of the student."""
+        features, hidden = (torch.cat(parts) for parts in zip(*(lesson[2:] for lesson in lessons), strict=True))
+        teacher = policy.model
+        with torch.no_grad():
+            logits = logits_of(teacher, features).float()
+            read = ModelOutputs(q=lambda ids: teacher.q_values(hidden, ids), v=lambda: teacher.v_values(hidden))
+            log_p = next_token(logits, policy.decoding, read).over_vocabulary(logits.shape[-1])
+        batch = _batch([lesson.text for lesson in lessons], self.student.device)
+        steps, (own, _) = batch["steps"], split_rows(batch)
+        lower = features.new_zeros(*own["input_ids"].shape, features.shape[-1])
+        lower[own["attention_mask"].bool()] = torch.cat([lesson.lower for lesson in lessons])
+        with _skipping(_stack(self.student)[: self.first], lower.float()):
+            logits, _ = packed_logits(self.student, steps["row"], steps["state"], **own)
+        return kl_exact(log_p, _log_q(logits, policy.decoding))
+
+
+def _stack(model: nn.Module) -> nn.ModuleList:
+    """Return the layers of a guided model."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    return next(module for module in lists if len(module) == count)
+
+
+@contextmanager
+def _skipping(layers: Sequence[nn.Module], states: Tensor) -> Iterator[None]:
+    """A context manager in which each of these layers returns the given states, (B,T,d), and computes nothing."""
+    for layer in layers:
+        layer.forward = lambda *_, **__: states
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -66,6 +66,27 @@ def packed_logits(model: PreTrainedModel, row: Tensor, state: Tensor, **inputs: 
     return outputs.logits[0], hidden
 
 
+def head_inputs(model: PreTrainedModel, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the LM head reads at N states, (N,d), and the hidden states of all positions, without any logits.
+
+    Arguments are those of `packed_logits`.
+    """
+    with _reading(model.get_output_embeddings(), row, state, empty=True) as read:
+        _, hidden = model.forward_with_hidden(use_cache=False, **inputs)
+    return read[0], hidden
+
+
+def logits_of(model: PreTrainedModel, features: Tensor) -> Tensor:
+    """Compute the logits (N,V) of what the LM head reads at N states, (N,d); it does what the model does after it."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda *_: features.unsqueeze(0))
+    try:  # one token takes the model to its LM head
+        ids = torch.zeros(1, 1, dtype=torch.long, device=features.device)
+        outputs, _ = model.forward_with_hidden(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        handle.remove()
+    return outputs.logits[0]
+
+
 def post_of(model: PreTrainedModel) -> Post | None:
     """Return what a guided model does after its LM head; None if chunks cannot do the same. It is measured once."""
     if type(model.get_output_embeddings()) is not nn.Linear:  # an adapter may have come since

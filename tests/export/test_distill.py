@@ -1,5 +1,6 @@
 """Distillation: the loss against a sum by hand, a state whose optimum is known, and what is written is read back."""
 
+import copy
 import json
 import math
 
@@ -15,7 +16,7 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.export import distill
 from offline_lmrl.export.beside import IDENTICAL, LOG_PROB, Q_PER_TOKEN, REWARD, Row
-from offline_lmrl.export.distill import _batch, bounded_distilled, distil, divergence, logged_texts
+from offline_lmrl.export.distill import _batch, _Pupil, bounded_distilled, distil, divergence, logged_texts
 from offline_lmrl.export.plain import Plain
 from offline_lmrl.export.prompts import HeldOut
 from offline_lmrl.export.run import export_run
@@ -23,8 +24,20 @@ from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import add_value_heads, as_guided
 from offline_lmrl.models.loading import build_model
+from offline_lmrl.models.plain import plain as plain_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
-from tests.export.test_plain import LOGS, PROMPTS, RENDERER, SPECS, TOKENIZER, plain, prompt_of, shaken, valued_run
+from tests.export.test_plain import (
+    CAPPED,
+    LOGS,
+    PROMPTS,
+    RENDERER,
+    SPECS,
+    TOKENIZER,
+    plain,
+    prompt_of,
+    shaken,
+    valued_run,
+)
 
 LIKE_FOLDED = {"beta": 0.2, "clip": 1000.0}  # a clip that never acts: distilled, though a fold would be exact
 FORM = {"q_reduce": "min", "support": 0.2, "temperature": 0.7, "beta": 1.5}
@@ -69,6 +82,28 @@ def test_the_loss_is_the_divergence_of_the_played_distributions(tmp_path):
         assert found.item() == pytest.approx(expected, rel=1e-4)
         assert_close(mine.double(), p, atol=1e-4, rtol=1e-4)
     assert kl.requires_grad
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("spec", [*SPECS.values(), CAPPED], ids=[*SPECS, "gemma2"])
+def test_learning_from_kept_states_is_learning_from_the_replies(tmp_path, spec, layers):
+    policy = LanguagePolicy.load(valued_run(tmp_path / "run", "mlp", spec, clip=0.5, **FORM), device="cpu")
+    student = as_guided(plain_model(copy.deepcopy(policy.model))).eval()
+    pupil = _Pupil(student, layers)
+    for weight in pupil.weights:  # a few steps later
+        weight.data.add_(0.05 * torch.randn_like(weight))
+    texts = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([3, 2, 5, 4, 7], [1])]
+    lessons = pupil.read(policy.model, texts)
+    assert [lesson.text for lesson in lessons] == texts
+    for chosen in ([0, 1, 2], [2, 0]):
+        batch = _batch([texts[i] for i in chosen], student.device)
+        expected = divergence(policy.model, student, policy.decoding, batch)[0]
+        found = pupil.divergence(policy, [lessons[i] for i in chosen])
+        assert expected.max() > 1e-3
+        assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        gradients = [torch.autograd.grad(kl.sum(), pupil.weights) for kl in (found, expected)]
+        assert all(gradient.any() for gradient in gradients[0])
+        assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
 def distance(run, model, ids, temperature):
