@@ -62,7 +62,7 @@ Text = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of the r
 
 
 class Lesson(NamedTuple):
-    """A reply as the run reads it.
+    """A reply, and what the run has computed for it, unless it is computed anew in every step.
 
     text: prompt and reply.
     lower: what the first trained layer reads at the T tokens of both, (T,d).
@@ -71,9 +71,9 @@ class Lesson(NamedTuple):
     """
 
     text: Text
-    lower: Tensor
-    features: Tensor
-    hidden: Tensor
+    lower: Tensor | None = None
+    features: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def distil(policy: LanguagePolicy, logged: Sequence[Text], settings: Distillatio
     dtype = policy.model.dtype
     student = as_guided(plain(copy.deepcopy(policy.model)).float()).eval()
     pupil = _Pupil(student, settings.layers)
+    pupil.try_skipping(policy, logged[:2])
     optimizer = torch.optim.AdamW(pupil.weights, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng, per_round = random.Random(0), -(-settings.steps // settings.rounds)
     of_logs, own = _endless(pupil.read(policy.model, logged), rng), -(-settings.batch_size // 2)
@@ -289,6 +290,8 @@ class _Pupil:
     """A copy of the policy whose last layers, and the norm after them, are trained; all other weights are frozen.
 
     weights: what is trained.
+    skips: True: what the frozen layers compute is kept. It is not where layers read more than the one below them,
+      share weights with a frozen one, or are not in one list; then every step runs the whole run and the whole copy.
 
     Args:
       student: the copy: a guided model without heads.
@@ -296,7 +299,7 @@ class _Pupil:
     """
 
     def __init__(self, student: PreTrainedModel, layers: int | None):
-        self.student = student
+        self.student, self.skips = student, False
         stack = _stack(student)
         self.first = len(stack) - min(layers or len(stack), len(stack))
         student.requires_grad_(False)
@@ -307,6 +310,38 @@ class _Pupil:
         for weight in self.weights:
             weight.requires_grad_(True)
 
+    def try_skipping(self, policy: LanguagePolicy, texts: Sequence[Text]) -> None:
+        """Find out from some replies whether the frozen layers can be skipped, and set `skips`.
+
+        They can if what they compute does not depend on what is trained, and the loss is the same without them. A norm
+        below them, such as that of the embedding, is frozen.
+        """
+        with torch.no_grad():
+            expected = self.divergence(policy, self.read(policy.model, texts))
+        try:
+            below = self._below(texts)
+            if below & {*_stack(self.student)[self.first :].parameters()}:
+                return
+            for weight in below:
+                weight.requires_grad_(False)
+            self.weights = [weight for weight in self.weights if weight not in below]
+            self.skips = True
+            with torch.no_grad():
+                found = self.divergence(policy, self.read(policy.model, texts))
+            self.skips = torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+        except Exception:  # whatever a model's own code makes of skipped layers
+            self.skips = False
+
+    def _below(self, texts: Sequence[Text]) -> set[nn.Parameter]:
+        """Return the trained weights on which the input of the first trained layer depends."""
+        own, _ = split_rows(_batch(texts, self.student.device))
+        with _inputs_of(_stack(self.student)[self.first]) as lower:
+            self.student.hidden_states(**own)
+        if not lower[0].requires_grad:
+            return set()
+        found = torch.autograd.grad(lower[0].sum(), self.weights, allow_unused=True)
+        return {weight for weight, gradient in zip(self.weights, found, strict=True) if gradient is not None}
+
     @torch.no_grad()
     def read(self, teacher: nn.Module, texts: Sequence[Text]) -> list[Lesson]:
         """Let the run read some replies.
@@ -315,14 +350,10 @@ class _Pupil:
           teacher: the run's guided model, of which the student is a copy.
           texts: the replies.
         """
+        if not self.skips:
+            return [Lesson(text) for text in texts]
         found: list[Lesson | None] = [None] * len(texts)
-        lower: list[Tensor] = []
-
-        def keep(_, args: tuple, keywords: dict[str, Any]) -> None:
-            lower.append(args[0] if args else keywords["hidden_states"])
-
-        hook = _stack(teacher)[self.first].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
+        with _inputs_of(_stack(teacher)[self.first]) as lower:
             for chosen in token_batches(np.array([len(prompt) + len(reply) for prompt, reply in texts]), READ_AT_ONCE):
                 batch = _batch([texts[i] for i in chosen], self.student.device)
                 steps, (own, _) = batch["steps"], split_rows(batch)
@@ -332,8 +363,6 @@ class _Pupil:
                     mine, seen = steps["row"] == place, own["attention_mask"][place].bool()
                     at_states = hidden[place, steps["state"][mine]]
                     found[i] = Lesson(texts[i], states[place, seen], features[mine], at_states)
-        finally:
-            hook.remove()
         return found
 
     def learn(self, policy: LanguagePolicy, lessons: Sequence[Lesson]) -> None:
@@ -341,22 +370,24 @@ class _Pupil:
 
         So many are computed at once that one table over states and vocabulary has at most CHUNK entries.
         """
-        total = sum(len(lesson.hidden) for lesson in lessons)
+        total = sum(len(lesson.text[1]) for lesson in lessons)
         vocabulary = self.student.get_output_embeddings().weight.shape[0]
-        lessons = sorted(lessons, key=lambda lesson: len(lesson.lower))  # similar lengths need little padding
-        at_once = max(1, CHUNK // (vocabulary * max(len(lesson.hidden) for lesson in lessons)))
+        # Similar lengths need little padding.
+        lessons = sorted(lessons, key=lambda lesson: len(lesson.text[0]) + len(lesson.text[1]))
+        at_once = max(1, CHUNK // (vocabulary * max(len(lesson.text[1]) for lesson in lessons)))
         for start in range(0, len(lessons), at_once):
             (self.divergence(policy, lessons[start : start + at_once]).sum() / total).backward()
 
     def divergence(self, policy: LanguagePolicy, lessons: Sequence[Lesson]) -> Tensor:
         """Compute KL(p ‖ q) at the states of some replies, (N,), in nats, with the gradient of the student."""
+        batch, teacher = _batch([lesson.text for lesson in lessons], self.student.device), policy.model
+        if not self.skips:
+            return divergence(teacher, self.student, policy.decoding, batch)[0]
         features, hidden = (torch.cat(parts) for parts in zip(*(lesson[2:] for lesson in lessons), strict=True))
-        teacher = policy.model
         with torch.no_grad():
             logits = logits_of(teacher, features).float()
             read = ModelOutputs(q=lambda ids: teacher.q_values(hidden, ids), v=lambda: teacher.v_values(hidden))
             log_p = next_token(logits, policy.decoding, read).over_vocabulary(logits.shape[-1])
-        batch = _batch([lesson.text for lesson in lessons], self.student.device)
         steps, (own, _) = batch["steps"], split_rows(batch)
         lower = features.new_zeros(*own["input_ids"].shape, features.shape[-1])
         lower[own["attention_mask"].bool()] = torch.cat([lesson.lower for lesson in lessons])
@@ -366,10 +397,25 @@ class _Pupil:
 
 
 def _stack(model: nn.Module) -> nn.ModuleList:
-    """Return the layers of a guided model."""
+    """Return the layers of a guided model; an empty list if they are not one list."""
     count = model.config.get_text_config().num_hidden_layers
     lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
-    return next(module for module in lists if len(module) == count)
+    return next((module for module in lists if len(module) == count), nn.ModuleList())
+
+
+@contextmanager
+def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """A context manager that yields a list, to which the hidden states are added that a layer reads, (B,T,d)."""
+    found: list[Tensor] = []
+
+    def keep(_, args: tuple, keywords: dict[str, Any]) -> None:
+        found.append(args[0] if args else keywords["hidden_states"])
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from tests.export.test_plain import (
     shaken,
     valued_run,
 )
+from tests.families import small_model
 
 LIKE_FOLDED = {"beta": 0.2, "clip": 1000.0}  # a clip that never acts: distilled, though a fold would be exact
 FORM = {"q_reduce": "min", "support": 0.2, "temperature": 0.7, "beta": 1.5}
@@ -89,10 +90,11 @@ def test_the_loss_is_the_divergence_of_the_played_distributions(tmp_path):
 def test_learning_from_kept_states_is_learning_from_the_replies(tmp_path, spec, layers):
     policy = LanguagePolicy.load(valued_run(tmp_path / "run", "mlp", spec, clip=0.5, **FORM), device="cpu")
     student = as_guided(plain_model(copy.deepcopy(policy.model))).eval()
-    pupil = _Pupil(student, layers)
+    pupil, texts = _Pupil(student, layers), [([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([3, 2, 5, 4, 7], [1])]
+    pupil.try_skipping(policy, texts[:2])
+    assert pupil.skips
     for weight in pupil.weights:  # a few steps later
         weight.data.add_(0.05 * torch.randn_like(weight))
-    texts = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([3, 2, 5, 4, 7], [1])]
     lessons = pupil.read(policy.model, texts)
     assert [lesson.text for lesson in lessons] == texts
     for chosen in ([0, 1, 2], [2, 0]):
@@ -104,6 +106,35 @@ def test_learning_from_kept_states_is_learning_from_the_replies(tmp_path, spec, 
         gradients = [torch.autograd.grad(kl.sum(), pupil.weights) for kl in (found, expected)]
         assert all(gradient.any() for gradient in gradients[0])
         assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "roberta", "modernbert-decoder"])
+def test_a_norm_below_the_frozen_layers_is_frozen_too(family):
+    model = shaken(add_value_heads(as_guided(small_model(family)), ValueHeadsConfig("mlp"))).eval()
+    policy = LanguagePolicy(model, RENDERER, DecodingConfig(**FORM, max_new_tokens=4))
+    student = as_guided(plain_model(copy.deepcopy(model))).eval()
+    pupil, texts = _Pupil(student, 1), [([5, 6, 7], [8, 9]), ([10], [11, 12, 13])]
+    before = len(pupil.weights)
+    pupil.try_skipping(policy, texts)
+    assert pupil.skips and len(pupil.weights) < before
+    for weight in pupil.weights:
+        weight.data.add_(0.05 * torch.randn_like(weight))
+    expected = divergence(model, student, policy.decoding, _batch(texts, student.device))[0]
+    assert_close(pupil.divergence(policy, pupil.read(model, texts)), expected, atol=1e-5, rtol=1e-4)
+
+
+# Layers in no list, layers that return a tuple, layers that share weights with lower ones.
+@pytest.mark.parametrize("family", ["longcat_flash", "gpt_neo", "zamba"])
+def test_where_layers_cannot_be_skipped_the_whole_model_learns(family):
+    model = shaken(add_value_heads(as_guided(small_model(family)), ValueHeadsConfig("mlp"))).eval()
+    policy = LanguagePolicy(model, RENDERER, DecodingConfig(**FORM, max_new_tokens=4))
+    texts = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13]), ([9, 8, 7], [4, 3])]
+    student = distil(policy, texts, Plain(steps=3, batch_size=2, rounds=1, layers=1, prompts=2))
+    kl = divergence(model, as_guided(student), policy.decoding, _batch(texts, student.device))[0]
+    assert kl.isfinite().all()
+    pupil = _Pupil(as_guided(plain_model(copy.deepcopy(model))).eval(), 1)
+    pupil.try_skipping(policy, texts[:2])
+    assert not pupil.skips and pupil.read(model, texts)[0].lower is None and pupil.weights
 
 
 def distance(run, model, ids, temperature):
