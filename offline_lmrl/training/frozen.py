@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 
 LARGEST_SHARE = 0.5  # of the free disk space that hidden states may take
 PLACES = ("", "next_", "end_")  # of a step: its state, its next state, and the end of its log
+# The fields of a turn (`TrainedTurn` in tokens/episodes.py) on which these places and the actions depend.
+TURN_PLACES = (
+    "open_state", "actions", "in_row", "last_action", "end", "next_row_kind", "next_state", "end_row_kind", "end_state"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +142,11 @@ def _fingerprint(model: PreTrainedModel, windows: WindowDataset) -> str:
         if not in_value_heads(name):
             digest.update(name.encode())
             digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
-    for name in ("input_ids", "next_ids", "end_ids", "state", "action", "next_row_kind", "next_state", "end_row_kind",
-                 "end_state"):  # fmt: skip
-        for values in windows.flat[name]:
-            digest.update(np.ascontiguousarray(values))
+    digest.update(repr(windows.encoded.step_rule.bootstrap_from_turn).encode())
+    for name, (values, offsets) in windows.encoded.lists.items():
+        digest.update(np.ascontiguousarray(offsets))
+        for field in TURN_PLACES if name == "turns" else (...,):
+            digest.update(np.ascontiguousarray(values[field]))
     return digest.hexdigest()[:32]
 
 
