@@ -6,21 +6,28 @@ read tokens 0..t of that row, and its action is token t+1. Rendering and index a
 `encode_trajectories`; a batch is then a few gathers over flat arrays, from which the steps are expanded (steps.py).
 """
 
+import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import chain
-from typing import NamedTuple, NotRequired, TypedDict
+from functools import cached_property, partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.errors import require
-from offline_lmrl.logs.parallel import chunks
+from offline_lmrl.errors import InputError, require
+from offline_lmrl.logs.files import reading
+from offline_lmrl.logs.io import atomic_output, in_temporary_folder
+from offline_lmrl.logs.parallel import chunks, map_in_order
 from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.tokens.column_files import counted, map_columns, write_columns
 from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, StepRule, TurnEnd, Window
 from offline_lmrl.tokens.steps import REPLY, TURN, expand, reply_states
 from offline_lmrl.tokens.windows import Ids
@@ -28,7 +35,9 @@ from offline_lmrl.tokens.windows import Ids
 IDS = np.dtype("i4")
 # The fields of `Window`, and the type of their values.
 LISTS = {"input_ids": IDS, "next_ids": IDS, "end_ids": IDS, "replies": REPLY, "turns": TURN, "apart": IDS}
-_CHUNK = 1000  # windows whose steps are expanded at a time
+_END = "_ends"  # after the name of a list: the column of its ends
+_KINDS = {**LISTS, **{f"{name}{_END}": np.dtype("i8") for name in LISTS}}  # the columns of encoded windows in files
+_CHUNK = 500  # trajectories that a process renders at a time, and windows whose steps are expanded at a time
 FlatLists = tuple[np.ndarray, np.ndarray]  # the values of L lists, concatenated; (L+1,) offsets of the lists
 
 
@@ -386,23 +395,82 @@ def _tensors(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def encode_trajectories(
-    trajectories: Iterable[Trajectory],
+    trajectories: Sequence[Trajectory],
     encoder: EpisodeEncoder,
     counts: Counter[str],
     few_shot: Iterable[Ids] | None = None,
+    processes: int = 1,
+    kept: Path | None = None,
 ) -> EncodedWindows:
-    """Render every trajectory once and return its windows.
+    """Render every trajectory once and return the windows, which are read from files as they are needed.
+
+    Memory does not grow with the data while they are encoded.
 
     Args:
       counts: a Counter, updated in place: message -> number of dropped turns, steps without a target or other faults.
       few_shot: per trajectory, the ids of the few-shot demonstrations that all its windows contain after the preamble
         (tokens/few_shot.py); None = no demonstrations.
-    Raises: InputError if no agent turn fits into max_length.
+      processes: number of processes that render in parallel.
+      kept: folder in which the encoded data stay for later calls, whose name stands for all arguments but
+        `processes`. If it is there already, nothing is rendered. None = unnamed files in the temporary folder.
+    Raises: InputError if no agent turn fits into max_length, or `kept` is damaged or cannot be written.
     """
-    if isinstance(trajectories, Sized):
-        trajectories = tracked(trajectories, "rendering", len(trajectories))
-    rows = ((t, ()) for t in trajectories) if few_shot is None else zip(trajectories, few_shot, strict=True)
-    return encoded_windows((window for t, ids in rows for window in encoder.encode(t, counts, ids)), encoder, counts)
+    mine = counts if kept is None else Counter()  # what is kept with the data counts nothing else
+    before = repeat((), len(trajectories)) if few_shot is None else few_shot
+    work = chunks(zip(range(len(trajectories)), before, strict=True), _CHUNK)
+    parts = counted(map_in_order(partial(_encoded, encoder, trajectories), work, processes), mine)
+    parts = tracked(parts, "rendering, in chunks", -(-len(trajectories) // _CHUNK))
+    if kept is None:
+        with in_temporary_folder(), ExitStack() as opened:
+            files = {name: opened.enter_context(tempfile.TemporaryFile()) for name in _KINDS}
+            _write(parts, files, mine)
+            flat = map_columns(files, _KINDS)
+    else:
+        if not kept.exists():
+            _keep(parts, kept, mine)
+        with reading(kept, "encoded data as they were written; remove this folder, and they are encoded again"):
+            flat = map_columns({name: kept / name for name in _KINDS}, _KINDS)
+            for name in LISTS:
+                if flat[f"{name}{_END}"][-1] != len(flat[name]):
+                    raise ValueError(f"{name} has {len(flat[name])} values")
+            counts.update(json.loads((kept / "counts.json").read_text()))
+    return EncodedWindows({name: (flat[name], flat[f"{name}{_END}"]) for name in LISTS}, encoder.step_rule)
+
+
+def _encoded(
+    encoder: EpisodeEncoder, trajectories: Sequence[Trajectory], places: Iterable[tuple[int, Ids]]
+) -> tuple[dict[str, np.ndarray], Counter[str]]:
+    """Return the columns of some trajectories, and counts of faults; `places` are their indices and few-shot ids."""
+    counts: Counter[str] = Counter()
+    lists = flatten([window for i, ids in places for window in encoder.encode(trajectories[i], counts, ids)])
+    ends = {f"{name}{_END}": lengths.cumsum() for name, (_, lengths) in lists.items()}
+    return {name: values for name, (values, _) in lists.items()} | ends, counts
+
+
+def _write(parts: Iterable[Mapping[str, np.ndarray]], files: Mapping[str, BinaryIO], counts: Counter[str]) -> None:
+    sizes = write_columns(parts, files, {f"{name}{_END}": name for name in LISTS})
+    _require_windows(sizes["input_ids"], counts)
+
+
+def _keep(parts: Iterable[Mapping[str, np.ndarray]], folder: Path, counts: Counter[str]) -> None:
+    """Write the columns of all parts, and `counts`, which grow with them, to a folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic_output(folder) as unfinished, ExitStack() as opened:
+            unfinished.mkdir()
+            files = {name: opened.enter_context(open(unfinished / name, "wb")) for name in _KINDS}
+            _write(parts, files, counts)
+            (unfinished / "counts.json").write_text(json.dumps(counts))
+    except InputError:
+        if not folder.exists():  # otherwise another run has written the same data meanwhile
+            raise
+
+
+def _require_windows(tokens: int, counts: Counter[str]) -> None:
+    require(
+        tokens > 0,
+        f"data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})",
+    )
 
 
 def encoded_windows(windows: Iterable[Window], encoder: EpisodeEncoder, counts: Counter[str]) -> EncodedWindows:
@@ -412,21 +480,16 @@ def encoded_windows(windows: Iterable[Window], encoder: EpisodeEncoder, counts: 
       counts: message -> number of dropped turns or other faults, for the error message.
     Raises: InputError if there is no window.
     """
-    parts = [flatten(chunk) for chunk in chunks(windows, _CHUNK)]
-    require(
-        bool(parts),
-        f"data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})",
-    )
-    lists = {}
-    for name in LISTS:
-        values, lengths = (np.concatenate(column) for column in zip(*(part[name] for part in parts), strict=True))
-        lists[name] = values, np.concatenate([[0], lengths.cumsum()])
-    return EncodedWindows(lists, encoder.step_rule)
+    lists = flatten(list(windows))
+    _require_windows(len(lists["input_ids"][0]), counts)
+    ends = {name: np.concatenate([[0], lengths.cumsum()]) for name, (_, lengths) in lists.items()}
+    return EncodedWindows({name: (values, ends[name]) for name, (values, _) in lists.items()}, encoder.step_rule)
 
 
 def flatten(windows: Sequence[Window]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the lists of some windows, at least one: name -> their values, concatenated, and the length of each."""
+    """Return the lists of some windows: name -> their values, concatenated, and the length of each list."""
+    columns = zip(*windows, strict=True) if windows else repeat((), len(LISTS))
     return {
-        name: (np.array(list(chain.from_iterable(lists)), LISTS[name]), np.array(list(map(len, lists))))
-        for name, lists in zip(Window._fields, zip(*windows, strict=True), strict=True)
+        name: (np.array(list(chain.from_iterable(lists)), LISTS[name]), np.array(list(map(len, lists)), np.int64))
+        for name, lists in zip(Window._fields, columns, strict=True)
     }

@@ -6,6 +6,7 @@ position. A log is cut if it ends before the episode does (`Trajectory.terminate
 end, the closing V, then replaces the rewards that were not logged.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from enum import IntEnum
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+import tokenizers
+
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.windows import EncodedDialogue, Ids, Span, WindowRule, agent_turns, cut_windows
 
 ReturnIdsFor = Callable[[Trajectory], Sequence[Ids]]
+ENCODING = 1  # the version of the windows and of their form in files; raise it whenever either changes
 RE_ENCODED = "trajectories encoded from text: their ids are from another tokenizer, template or rendering scheme"
 
 
@@ -140,6 +144,17 @@ class EpisodeEncoder:
     scale: RewardScale
     return_ids_for: ReturnIdsFor | None = None
     replies: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all on which the windows of given trajectories depend.
+
+        `return_ids_for`, if given, must be a method of an object whose repr holds its whole state (`ReturnTokens`).
+        """
+        renderer = self.renderer
+        rendering = tokenizers.__version__, renderer.fingerprint, renderer.template, renderer.ends
+        rules = self.window, self.step_rule, self.scale, self.return_ids_for, self.replies
+        return hashlib.sha256(repr((ENCODING, *rendering, *rules)).encode()).hexdigest()[:32]
 
     def encode(self, trajectory: Trajectory, counts: Counter[str], few_shot: Ids = ()) -> Iterator[Window]:
         """Yield all windows of a trajectory.

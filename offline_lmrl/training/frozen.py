@@ -9,7 +9,6 @@ them again.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.prompts import evaluating
 from offline_lmrl.errors import require
+from offline_lmrl.logs.files import cache_folder
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.models.lm_head import log_probs_at
@@ -111,7 +111,7 @@ def hidden_windows(model: PreTrainedModel, windows: WindowDataset, folder: Path 
       folder: where the files are; None = hidden_states in the user's cache folder.
     Raises: InputError if the files would take more than LARGEST_SHARE of the free disk space.
     """
-    folder = cache_folder() if folder is None else folder
+    folder = cache_folder("hidden_states") if folder is None else folder
     path = folder / _fingerprint(model, windows)
     if not (path / "shape.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,11 +126,6 @@ def hidden_windows(model: PreTrainedModel, windows: WindowDataset, folder: Path 
         np.load(path / "place.npy", mmap_mode="r"),
         np.load(path / "log_prob.npy", mmap_mode="r"),
     )
-
-
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "offline_lmrl" / "hidden_states"
 
 
 def _fingerprint(model: PreTrainedModel, windows: WindowDataset) -> str:
