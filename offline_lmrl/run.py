@@ -179,7 +179,7 @@ def read_data(config: RunConfig, counts: Counter[str]) -> tuple[Rows, Rows | Non
     """Read the training and the validation data.
 
     Args:
-      config: the settings of the run; if `args` has `processes`, that many processes read comparisons.
+      config: the settings of the run; `args.processes` processes read the data.
       counts: is incremented for each repaired or dropped row, under the reason, and for other faults of the data, for
         example for each group (rows of one root prompt or conversation) that is in both training and validation data.
     Returns: training rows, and validation rows or None; ([], None) for an algorithm that plays and has no data.train.

@@ -270,7 +270,7 @@ class ILQLTrainer(OfflineTrainer):
 
     def prepare_model(self, model, windows):
         args, scale = self.args, self.encoder.scale
-        utterance, ends = args.utterance_weight > 0, int(windows.closing_steps.sum())
+        utterance, ends = args.utterance_weight > 0, windows.closing_steps
         require_targets("utterance_weight", args.utterance_weight, ends, KNOWN_TURN)
         if model.value_heads is not None:  # keep training existing heads
             there = run_metadata(model.config)["value_heads"]

@@ -80,7 +80,7 @@ from offline_lmrl.ops.policy_gradient import (
 )
 from offline_lmrl.ops.value_learning import td_target
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.batching import TokenBatch, WindowDataset, encode_trajectories, pick
+from offline_lmrl.tokens.batching import TokenBatch, WindowDataset, encode_trajectories, places_of
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.tokens.experience import Experience
 from offline_lmrl.tokens.rendering import Renderer
@@ -644,7 +644,7 @@ class Update:
         config, accelerator, size = self.config, self.learner.accelerator, self.config.per_device_train_batch_size
         # The divisors of the two losses over all processes: steps with a target, and logged action tokens.
         targets = int(experience.column("has_target")[experience.places(index)].sum())
-        tokens = len(pick(self.ptx.flat["state"], logged)[0]) if len(logged) else 0
+        tokens = len(places_of(self.ptx.step_offsets, logged)[0]) if len(logged) else 0
         divisors = accelerator.reduce(torch.tensor([targets, tokens], device=config.device), "sum").clamp(min=1)
         chunks = [(partial(self.ppo_terms, experience, chunk, warming), divisors[0]) for chunk in _chunks(index, size)]
         chunks += [(partial(self.ptx_terms, chunk), divisors[1]) for chunk in _chunks(logged, size)]
@@ -774,8 +774,8 @@ class PPOTrainer(LoopTrainer):
         player = LanguagePolicy(policy, self.renderer, args.decoding, **asdict(args.window))
         ptx = None
         if args.ptx_weight > 0:
-            columns = encode_trajectories(ptx_dataset, encoder, self.counts)
-            ptx = WindowDataset(columns, self.renderer.close_id, next_rows=False, end_rows=False)
+            encoded = encode_trajectories(ptx_dataset, encoder, self.counts)
+            ptx = WindowDataset(encoded, self.renderer.close_id, next_rows=False, end_rows=False)
         self.passes = Passes(self.learner, reference)
         self.rollouts = Rollouts(args, player, environment, self.accelerator)
         self.observer = Observer(self.passes, player, encoder, args)
@@ -948,7 +948,7 @@ def _freeze_unreached(module: ActorCritic, encoder: EpisodeEncoder, args: PPOCon
     """
     long = "a " * (args.max_length // 4)
     dialogue = Trajectory((Turn("user", long), Turn("assistant", "b", reward=0.0)))
-    columns = encode_trajectories([dialogue], encoder, Counter())
-    windows = WindowDataset(columns, encoder.renderer.close_id, next_rows=False, end_rows=False)
+    encoded = encode_trajectories([dialogue], encoder, Counter())
+    windows = WindowDataset(encoded, encoder.renderer.close_id, next_rows=False, end_rows=False)
     outputs = module(send_to_device(windows.batch(np.arange(1)), args.device))
     return freeze_unreached(module, outputs["logits"].sum() + outputs["v"].sum())

@@ -47,7 +47,7 @@ from offline_lmrl.models.guided import add_return_heads, add_returns
 from offline_lmrl.models.return_heads import fit_heads
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens, check_binning
-from offline_lmrl.tokens.episodes import Step, StepRule
+from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.training.config import GuidedConfig, check_range
 from offline_lmrl.training.trainer import KNOWN_TURN, Encoding, Logs, OfflineTrainer, require_targets
 
@@ -190,7 +190,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
 
     def prepare_model(self, model, windows):
         args = self.args
-        replies, ends = len(windows.flat["environment"][0]), int(windows.closing_steps.sum())
+        replies, ends = windows.reply_tokens, windows.closing_steps
         require_targets("environment_weight", args.environment_weight, replies, "a reply of the environment")
         require_targets("return_weight", args.return_weight, ends, KNOWN_TURN)
         there = run_metadata(model.config)
@@ -214,8 +214,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
             "expected one that keeps it, as return heads read there; set return_weight: 0, or template: plain",
         )
         if args.return_weight > 0 and block is None:
-            closing = {name: windows.flat[name][0][windows.closing_steps] for name in Step._fields}
-            add_return_heads(model, fit_heads(closing, args.bins, args.discount_per_turn))
+            add_return_heads(model, fit_heads(windows.closing_columns(), args.bins, args.discount_per_turn))
         return model
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:

@@ -136,10 +136,6 @@ class RewardModelConfig(BaseConfig):
         "File, folder or hub name of trajectories, such as the output of `generate`, whose replies get the mean and "
         "standard deviation named in `normalise`. null = the training data.",
     )
-    processes: int = setting(
-        1,
-        "Number of processes that read comparisons and render the data; results do not depend on it.",
-    )
 
     def __post_init__(self) -> None:
         require(
@@ -147,7 +143,7 @@ class RewardModelConfig(BaseConfig):
             f"context: found {self.context} with head: terminal, which reads all turns of a reply at "
             "once, expected null, or head: turn or token",
         )
-        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), processes=(1, 10**6))
+        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6))
         for name, value in (("error_rate", self.error_rate), ("margin", self.margin)):
             require(
                 self.loss == "pairs" or value == 0,
@@ -174,7 +170,7 @@ class RewardModelConfig(BaseConfig):
 
     def read_rows(self, source: str | Path, counts: Counter[str] | None = None, reward: str | None = None) -> Rows:
         if not holds_comparisons(source):
-            return read_trajectories(source, counts=counts, reward=reward)
+            return super().read_rows(source, counts, reward)
         require(
             reward is None,
             f"data.reward: found {shown(reward)} for the comparisons of {source}, expected none: "

@@ -73,18 +73,17 @@ def relabel(
     )
     encoder = log_encoder(policy)
     counts: Counter[str] = Counter()
-    columns = encode_trajectories(trajectories, encoder, counts)
-    windows = WindowDataset(columns, policy.renderer.close_id, next_rows=True, end_rows=False)
+    encoded = encode_trajectories(trajectories, encoder, counts)
+    windows = WindowDataset(encoded, policy.renderer.close_id, next_rows=True, end_rows=False)
     values = compute_step_outputs(policy.model, windows, ("target_q", "v", "next_v"))
-    flat = {name: column for name, (column, _) in columns.items()}
-    last = flat["closes_turn"].astype(bool)
-    # A turn without a closing token, because it was cut in the middle, is the last of its window.
-    last[columns["state"][1][1:] - 1] = True
-    known = torch.from_numpy(flat["has_target"][last].astype(bool))
+    last = windows.last_steps
+    known, logged, bootstrap = (
+        torch.from_numpy(windows.column(name)[last]) for name in ("has_target", "reward", "bootstrap")
+    )
     target_q, v, next_v = (torch.from_numpy(column[last]) for column in (values.target_q, values.v, values.next_v))
     # If a log is cut after a finished agent turn, V before its last token is used for the whole remaining return.
-    reward = torch.where(known, torch.from_numpy(flat["reward"][last]), v)
-    next_v = torch.where(known, next_v * torch.from_numpy(flat["bootstrap"][last]), 0.0)
+    reward = torch.where(known, logged, v)
+    next_v = torch.where(known, next_v * bootstrap, 0.0)
     agent_turns = [sum(turn.is_trainable for turn in t.turns) for t in trajectories]
     if sum(agent_turns) != len(next_v):
         raise InputError(

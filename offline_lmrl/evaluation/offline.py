@@ -101,8 +101,8 @@ def measure_logs(
     measured = compute_step_outputs(
         policy.model, logs.windows, measure=partial(_measured, policy, betas), token_budget=token_budget
     ).measured
-    unit, column = encoder.scale.scale, {name: values for name, (values, _) in logs.windows.flat.items()}
-    ended = np.array([t.terminated for t in trajectories])[logs.episode] & column["has_target"].astype(bool)
+    unit, column = encoder.scale.scale, logs.steps
+    ended = np.array([t.terminated for t in trajectories])[logs.episode] & column["has_target"]
     return LoggedTokens(
         trajectory=logs.episode,
         turn=column["turn"],

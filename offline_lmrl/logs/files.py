@@ -116,6 +116,12 @@ def say_differences(found: Any, expected: Any) -> str:
     )
 
 
+def cache_folder(name: str) -> Path:
+    """Return the folder of this user for files of some kind that can be computed again."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "offline_lmrl" / name
+
+
 def sync(path: Path) -> None:
     """Flush a file, or all files in a folder, to the disk."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:

@@ -21,7 +21,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,6 +104,11 @@ class Stored(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    @cached_property
+    def hash(self) -> str:
+        """The `data_hash` of the rows, computed once, as they never change."""
+        return _hash_of(self)
+
     def __getitem__(self, index):
         places = range(len(self))[index]
         if isinstance(places, range):
@@ -144,14 +149,29 @@ def store_comparisons(
       processes: how many processes read rows at once; 1 = only the calling process.
     """
     mine: Counter = Counter()
+    stored = _stored(_part(source, split), read_comparison, mine, processes)
+    return _kept(stored, str(source), counts, mine)
 
-    def pickled() -> Iterator[bytes]:
-        found = chunks(_part(source, split), _CHUNK)
-        for rows, some in map_in_order(partial(_pickled, read_comparison), found, processes):
-            mine.update(some)
-            yield from rows
 
-    return _kept(Stored(pickled()), str(source), counts, mine)
+def store_trajectories(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    counts: Counter | None = None,
+    reward: str | None = None,
+    processes: int = 1,
+) -> Stored[Trajectory]:
+    """Read trajectories as `read_trajectories` does, but with several processes, and keep them on disk.
+
+    Memory does not grow with the size of the data, except by 8 bytes per row.
+
+    Args:
+      source, split, counts, reward: see `read_trajectories`.
+      processes: how many processes read rows at once; 1 = only the calling process.
+    """
+    mine: Counter = Counter()
+    stored = _stored(_part(source, split), partial(read_row, reward=reward), mine, processes)
+    return _with_scores(_kept(stored, str(source), None, mine), str(source), counts, mine, reward)
 
 
 def read_splits(
@@ -263,6 +283,10 @@ def content_key(row: Trajectory | Comparison) -> str:
 
 def data_hash(rows: Iterable[Trajectory | Comparison]) -> str:
     """Return a sha256 of all fields of all rows, in order. Equal hashes mean equal data."""
+    return rows.hash if isinstance(rows, Stored) else _hash_of(rows)
+
+
+def _hash_of(rows: Iterable[Trajectory | Comparison]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         record = comparison_record(row) if isinstance(row, Comparison) else trajectory_record(row)
@@ -376,6 +400,10 @@ def _scored(rows: RawRows, source: str, counts: Counter | None, reward: str | No
     """
     mine: Counter = Counter()
     made = _read(rows, source, mine, partial(read_row, reward=reward))
+    return _with_scores(made, source, counts, mine, reward)
+
+
+def _with_scores(made: Kept, source: str, counts: Counter | None, mine: Counter, reward: str | None) -> Kept:
     require(
         reward is None or mine[no_score(reward)] != len(made),
         f"{source}: {reward}: found no row with this column, expected the name of the column that holds the scores",
@@ -383,6 +411,17 @@ def _scored(rows: RawRows, source: str, counts: Counter | None, reward: str | No
     if counts is not None:
         counts.update(mine)
     return made
+
+
+def _stored(
+    rows: RawRows, read: Callable[[Any, str, Counter], Row | None], counts: Counter, processes: int
+) -> Stored[Row]:
+    def pickled() -> Iterator[bytes]:
+        for some, mine in map_in_order(partial(_pickled, read), chunks(rows, _CHUNK), processes):
+            counts.update(mine)
+            yield from some
+
+    return Stored(pickled())
 
 
 def _made(rows: RawRows, read: Callable[[Any, str, Counter], Row | None], counts: Counter) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """The linear transform from logged rewards to the units of Q and V, shared by trainer, sampler and evaluator."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from offline_lmrl.errors import require
@@ -33,7 +34,7 @@ class RewardScale:
         require(self.scale > 0, f"reward_scale: found {self.scale}, expected a number above 0")
 
     @classmethod
-    def fit(cls, trajectories: Sequence[Trajectory], scale: float | None = None, *, discounted: bool) -> "RewardScale":
+    def fit(cls, trajectories: Iterable[Trajectory], scale: float | None = None, *, discounted: bool) -> "RewardScale":
         """Fit shift and scale to the training split.
 
         Args:
@@ -41,17 +42,21 @@ class RewardScale:
           scale: the scale to use, in logged units; None = fit it.
           discounted: True if any step's discount is below 1 (`StepRule.discounted` in tokens/episodes.py).
         """
-        scored = [[turn.reward for turn in t.turns if turn.reward is not None] for t in trajectories]
-        counts = {len(rewards) for rewards, t in zip(scored, trajectories, strict=True) if t.terminated}
-        fixed = not discounted and len(counts) == 1 and all(len(rewards) <= max(counts) for rewards in scored)
-        rewards = [reward for episode in scored for reward in episode]
+        # By `terminated`: the numbers of scored turns, and the returns.
+        counts: dict[bool, set[int]] = {True: set(), False: set()}
+        returns, rewards = {True: array("d"), False: array("d")}, array("d")
+        for trajectory in trajectories:
+            episode = [turn.reward for turn in trajectory.turns if turn.reward is not None]
+            rewards.extend(episode)
+            counts[trajectory.terminated].add(len(episode))
+            returns[trajectory.terminated].append(sum(episode))
+        finished = counts[True]
+        fixed = not discounted and len(finished) == 1 and max(finished | counts[False]) == max(finished)
         shift = sum(rewards) / len(rewards) if fixed and rewards else 0.0
         if scale is None:
-            returns = [sum(episode) for episode, t in zip(scored, trajectories, strict=True) if t.terminated] or [
-                sum(episode) for episode in scored
-            ]
-            scale = max(returns, default=0.0) - min(returns, default=0.0) or 1.0
-        return cls(shift, scale, max(counts) if fixed else 0)
+            compared = returns[True] or returns[False]
+            scale = max(compared, default=0.0) - min(compared, default=0.0) or 1.0
+        return cls(shift, scale, max(finished) if fixed else 0)
 
     def apply(self, reward: float | None) -> float:
         """Return the scaled reward of a turn; a turn that is not scored (None) has the scaled reward 0."""

@@ -3,28 +3,41 @@
 A window is a row of tokens with agent turns to train on; a step is one token that the agent chose in it; a log is cut
 if it ends before the episode does (tokens/episodes.py). There is one index convention: in state (row, t) the model has
 read tokens 0..t of that row, and its action is token t+1. Rendering and index arithmetic happen once, in
-`encode_trajectories`; a batch is then a few gathers over flat arrays.
+`encode_trajectories`; a batch is then a few gathers over flat arrays, from which the steps are expanded (steps.py).
 """
 
-from array import array
+import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, NotRequired, TypedDict
+from functools import cached_property, partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.errors import require
+from offline_lmrl.errors import InputError, require
+from offline_lmrl.logs.files import reading
+from offline_lmrl.logs.io import atomic_output, in_temporary_folder
+from offline_lmrl.logs.parallel import chunks, map_in_order
 from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, Step, Window
+from offline_lmrl.tokens.column_files import counted, map_columns, write_columns
+from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, StepRule, TurnEnd, Window
+from offline_lmrl.tokens.steps import REPLY, TURN, expand, reply_states
 from offline_lmrl.tokens.windows import Ids
 
-ROWS = ("input_ids", "next_ids", "end_ids")
-LISTS = (*ROWS, "environment")  # columns of whole windows; all other columns have one value per step
-STEP_CODES = {float: "f", bool: "b", int: "i"}
+IDS = np.dtype("i4")
+# The fields of `Window`, and the type of their values.
+LISTS = {"input_ids": IDS, "next_ids": IDS, "end_ids": IDS, "replies": REPLY, "turns": TURN, "apart": IDS}
+_END = "_ends"  # after the name of a list: the column of its ends
+_KINDS = {**LISTS, **{f"{name}{_END}": np.dtype("i8") for name in LISTS}}  # the columns of encoded windows in files
+_CHUNK = 500  # trajectories that a process renders at a time, and windows whose steps are expanded at a time
 FlatLists = tuple[np.ndarray, np.ndarray]  # the values of L lists, concatenated; (L+1,) offsets of the lists
 
 
@@ -103,56 +116,81 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 @dataclass(frozen=True, eq=False)
+class EncodedWindows:
+    """Windows as flat arrays: the tokens of their rows, and one record per trained turn.
+
+    lists: name -> one list per window, for all of LISTS.
+    step_rule: the rule for rewards, discounts and next states of the steps.
+    """
+
+    lists: Mapping[str, FlatLists]
+    step_rule: StepRule
+
+
+@dataclass(frozen=True, eq=False)
 class WindowDataset(PackedDataset):
-    """A data set of windows, stored as flat arrays of values and offsets, so that a batch is a few numpy gathers.
+    """A data set of windows, so encoded that a batch is a few numpy gathers.
 
     Args:
-      flat: name -> column with one list per window, for all of LISTS and all fields of `Step`. Further columns with
-        one value per step are added to the steps of a batch under their name.
+      encoded: the windows.
       pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
       next_rows: True: a batch includes the rows that only serve to compute V of the next state.
       end_rows: True: a batch includes the rows that only serve to compute V at the end of a cut log.
       replies: True: a batch has the entry "environment"; the encoder must have been made with `replies` too.
+      extra: name -> further column with one value per step, which the steps of a batch hold too.
     """
 
-    flat: Mapping[str, FlatLists]
+    encoded: EncodedWindows
     pad_id: int
     next_rows: bool = field(kw_only=True)
     end_rows: bool = field(kw_only=True)
     replies: bool = field(default=False, kw_only=True)
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict, kw_only=True)
 
     def __len__(self) -> int:
-        return len(self.flat["input_ids"][1]) - 1
+        return len(self.encoded.lists["input_ids"][1]) - 1
 
     def with_columns(self, **columns: np.ndarray) -> "WindowDataset":
         """Return a copy with further columns, which have one value per step."""
-        offsets = self.flat["state"][1]
-        return replace(self, flat={**self.flat, **{name: (values, offsets) for name, values in columns.items()}})
+        return replace(self, extra={**self.extra, **columns})
 
     @property
     def lengths(self) -> np.ndarray:
         """The number of tokens of each window, (len(self),)."""
-        return np.diff(self.flat["input_ids"][1])
+        return np.diff(self.encoded.lists["input_ids"][1])
 
-    @property
+    @cached_property
     def step_offsets(self) -> np.ndarray:
         """The index of each window's first step among all N steps, and N at the end, (len(self) + 1,)."""
-        return self.flat["state"][1]
+        turns, offsets = self.encoded.lists["turns"]
+        return np.concatenate([[0], turns["actions"].cumsum(dtype=np.int64)])[offsets]
 
     @property
     def action_tokens(self) -> int:
-        return len(self.flat["state"][0])
+        return int(self.step_offsets[-1])
 
     @property
     def tokens(self) -> int:
         """The number of tokens in an epoch, including the rows that only serve to compute V."""
         read = {"input_ids": True, "next_ids": self.next_rows, "end_ids": self.end_rows}
-        return sum(len(self.flat[name][0]) for name, used in read.items() if used)
+        return sum(len(self.encoded.lists[name][0]) for name, used in read.items() if used)
 
     @property
-    def closing_steps(self) -> np.ndarray:
-        """A mask (N,) bool of the data set's N steps, True for those that close a turn and have a target."""
-        return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
+    def reply_tokens(self) -> int:
+        """The number of tokens of the environment's replies that are targets."""
+        return int(self.encoded.lists["replies"][0]["tokens"].sum(dtype=np.int64))
+
+    @property
+    def closing_steps(self) -> int:
+        """The number of steps that close a turn and have a target."""
+        turns, _ = self.encoded.lists["turns"]
+        return int(((turns["end"] <= TurnEnd.TERMINATED) & (turns["actions"] > 0)).sum())
+
+    @property
+    def last_steps(self) -> np.ndarray:
+        """The index of the last step of each trained turn among all N steps, (M,)."""
+        counts = self.encoded.lists["turns"][0]["actions"]
+        return counts[counts > 0].cumsum(dtype=np.int64) - 1
 
     @staticmethod
     def items_in(batch: TokenBatch) -> int:
@@ -165,23 +203,57 @@ class WindowDataset(PackedDataset):
     @property
     def mean_return(self) -> float:
         """The mean scaled return-to-go over all action tokens, to which value heads are initialised."""
-        return float(self.flat["return_to_go"][0].mean())
+        total = sum(steps["return_to_go"].sum(dtype=np.float64) for steps in self.step_parts())
+        return float(total / self.action_tokens)
+
+    def step_parts(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the columns of all N steps, in order and a part at a time: name -> (n,), as `expand` returns them."""
+        for start in range(0, len(self), _CHUNK):
+            index = np.arange(start, min(start + _CHUNK, len(self)))
+            yield self._steps(index, pick(self.encoded.lists["input_ids"], index))[0]
+
+    def closing_columns(self) -> dict[str, np.ndarray]:
+        """Return the columns of the M steps that close a turn and have a target: name -> (M,), as `expand` returns."""
+        parts = [
+            {name: values[part["closes_turn"] & part["has_target"]] for name, values in part.items()}
+            for part in self.step_parts()
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of all N steps, (N,): one that `expand` returns, or a further one."""
+        return self.extra[name] if name in self.extra else np.concatenate([part[name] for part in self.step_parts()])
+
+    def _steps(
+        self, index: np.ndarray, rows: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return the columns of the n steps of some windows, and the place in `index` of each step's window, (n,).
+
+        Args:
+          index: indices of the windows.
+          rows: their input_ids, concatenated, and the length of each row.
+        """
+        turns, counts = pick(self.encoded.lists["turns"], index)
+        of_turn, (tokens, lengths) = np.repeat(np.arange(len(index)), counts), rows
+        apart, _ = pick(self.encoded.lists["apart"], index)
+        steps = expand(turns, (lengths.cumsum() - lengths)[of_turn], tokens, apart, self.encoded.step_rule)
+        return steps, np.repeat(of_turn, turns["actions"])
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         """Return the windows with these indices as one padded batch; the rows for V only come after the windows."""
         index = np.asarray(indices)
-        column = {name: pick(values, index) for name, values in self.flat.items()}
-        rows = [column["input_ids"]]
+        rows = [pick(self.encoded.lists["input_ids"], index)]
+        steps, row = self._steps(index, rows[0])
         window = np.arange(len(index))
         extra = {"next": self.next_rows, "end": self.end_rows}
         # The batch row of each window's own row and of its extra rows, in the order of RowKind.
         places = [window]
         for name, present in extra.items():
-            places.append(_append_rows(rows, column[f"{name}_ids"]) if present else np.zeros_like(window))
+            ids = self.encoded.lists[f"{name}_ids"]
+            places.append(_append_rows(rows, pick(ids, index)) if present else np.zeros_like(window))
         input_ids, attention_mask = pad(rows, self.pad_id)
 
-        steps = {name: values for name, (values, _) in column.items() if name not in LISTS}
-        row = steps["row"] = np.repeat(window, column["state"][1])
+        steps["row"] = row
         for name, present in extra.items():
             kind = steps.pop(f"{name}_row_kind")
             steps[f"{name}_row"] = np.choose(kind, [of_window[row] for of_window in places])
@@ -197,22 +269,26 @@ class WindowDataset(PackedDataset):
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "action_mask": torch.from_numpy(action_mask),
-            "steps": _tensors(steps),
+            "steps": _tensors(steps | self._extra_of(index)),
             "windows": len(index),
         }
         if self.replies:
-            state, lengths = column["environment"]
-            batch["environment"] = _tensors({"row": np.repeat(window, lengths), "state": state})
+            replies, counts = pick(self.encoded.lists["replies"], index)
+            state, of_reply = reply_states(replies)
+            batch["environment"] = _tensors({"row": np.repeat(window, counts)[of_reply], "state": state})
         return batch
+
+    def _extra_of(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the further columns of the steps of the windows with these indices."""
+        places, _ = places_of(self.step_offsets, index) if self.extra else ((), ())
+        return {name: values[places] for name, values in self.extra.items()}
 
     def step_columns(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return the columns of the steps of these windows that name no place in a batch, (N,) each."""
-        named = {
-            "state",
-            *(name for name in self.flat if name.startswith(("next_", "end_")) and name != "end_discount"),
-        }
-        kept = [name for name in self.flat if name not in {*LISTS, *named}]
-        return _tensors({name: pick(self.flat[name], np.asarray(indices))[0] for name in kept})
+        index = np.asarray(indices)
+        steps, _ = self._steps(index, pick(self.encoded.lists["input_ids"], index))
+        places = ("state", "next_row_kind", "next_state", "end_row_kind", "end_state")
+        return _tensors({name: steps[name] for name in steps if name not in places} | self._extra_of(index))
 
     def surplus_batch(self) -> TokenBatch:
         """Return one window without steps, for a rank that has no data left but must run a forward pass."""
@@ -232,14 +308,14 @@ def token_rows(rows: Sequence[Sequence[int]], states: Sequence[Sequence[int]]) -
     """
     following = [[*row[1:], 0] for row in rows]
     actions = [tokens[state] for tokens, places in zip(following, states, strict=True) for state in places]
-    per_step = np.cumsum([0, *map(len, states)])
-    none = np.zeros(len(actions), dtype=np.int64), per_step  # no step has a next state, and no log is cut
-    columns = dict.fromkeys(("next_row_kind", "next_state", "end_row_kind", "end_state"), none) | {
+    turns = np.zeros(len(actions), TURN)  # each state is a turn of one action; no step has a next state
+    turns["open_state"], turns["last_action"] = np.concatenate(states), actions
+    turns["actions"], turns["in_row"] = 1, True
+    lists = {name: (np.zeros(0, kind), np.zeros(len(rows) + 1, np.int64)) for name, kind in LISTS.items()} | {
         "input_ids": (np.concatenate(rows), np.cumsum([0, *map(len, rows)])),
-        "state": (np.concatenate(states), per_step),
-        "action": (np.array(actions), per_step),
+        "turns": (turns, np.cumsum([0, *map(len, states)])),
     }
-    return WindowDataset(columns, 0, next_rows=False, end_rows=False)
+    return WindowDataset(EncodedWindows(lists, StepRule()), 0, next_rows=False, end_rows=False)
 
 
 def reply_rows(texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> WindowDataset:
@@ -313,50 +389,107 @@ def pad(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[np.
 def _tensors(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     kinds = {"f": np.float32, "b": bool}
     return {
-        name: torch.from_numpy(values.astype(kinds.get(values.dtype.char, np.int64)))
+        name: torch.from_numpy(values.astype(kinds.get(values.dtype.kind, np.int64), copy=False))
         for name, values in columns.items()
     }
 
 
 def encode_trajectories(
-    trajectories: Iterable[Trajectory],
+    trajectories: Sequence[Trajectory],
     encoder: EpisodeEncoder,
     counts: Counter[str],
     few_shot: Iterable[Ids] | None = None,
-) -> dict[str, FlatLists]:
-    """Render every trajectory once and return the columns of a `WindowDataset`.
+    processes: int = 1,
+    kept: Path | None = None,
+) -> EncodedWindows:
+    """Render every trajectory once and return the windows, which are read from files as they are needed.
+
+    Memory does not grow with the data while they are encoded.
 
     Args:
       counts: a Counter, updated in place: message -> number of dropped turns, steps without a target or other faults.
       few_shot: per trajectory, the ids of the few-shot demonstrations that all its windows contain after the preamble
         (tokens/few_shot.py); None = no demonstrations.
-    Raises: InputError if no agent turn fits into max_length.
+      processes: number of processes that render in parallel.
+      kept: folder in which the encoded data stay for later calls, whose name stands for all arguments but
+        `processes`. If it is there already, nothing is rendered. None = unnamed files in the temporary folder.
+    Raises: InputError if no agent turn fits into max_length, or `kept` is damaged or cannot be written.
     """
-    if isinstance(trajectories, Sized):
-        trajectories = tracked(trajectories, "rendering", len(trajectories))
-    rows = ((t, ()) for t in trajectories) if few_shot is None else zip(trajectories, few_shot, strict=True)
-    return columns_of((window for t, ids in rows for window in encoder.encode(t, counts, ids)), counts)
+    mine = counts if kept is None else Counter()  # what is kept with the data counts nothing else
+    before = repeat((), len(trajectories)) if few_shot is None else few_shot
+    work = chunks(zip(range(len(trajectories)), before, strict=True), _CHUNK)
+    parts = counted(map_in_order(partial(_encoded, encoder, trajectories), work, processes), mine)
+    parts = tracked(parts, "rendering, in chunks", -(-len(trajectories) // _CHUNK))
+    if kept is None:
+        with in_temporary_folder(), ExitStack() as opened:
+            files = {name: opened.enter_context(tempfile.TemporaryFile()) for name in _KINDS}
+            _write(parts, files, mine)
+            flat = map_columns(files, _KINDS)
+    else:
+        if not kept.exists():
+            _keep(parts, kept, mine)
+        with reading(kept, "encoded data as they were written; remove this folder, and they are encoded again"):
+            flat = map_columns({name: kept / name for name in _KINDS}, _KINDS)
+            for name in LISTS:
+                if flat[f"{name}{_END}"][-1] != len(flat[name]):
+                    raise ValueError(f"{name} has {len(flat[name])} values")
+            counts.update(json.loads((kept / "counts.json").read_text()))
+    return EncodedWindows({name: (flat[name], flat[f"{name}{_END}"]) for name in LISTS}, encoder.step_rule)
 
 
-def columns_of(windows: Iterable[Window], counts: Counter[str]) -> dict[str, FlatLists]:
-    """Return the columns of a `WindowDataset` of these windows.
+def _encoded(
+    encoder: EpisodeEncoder, trajectories: Sequence[Trajectory], places: Iterable[tuple[int, Ids]]
+) -> tuple[dict[str, np.ndarray], Counter[str]]:
+    """Return the columns of some trajectories, and counts of faults; `places` are their indices and few-shot ids."""
+    counts: Counter[str] = Counter()
+    lists = flatten([window for i, ids in places for window in encoder.encode(trajectories[i], counts, ids)])
+    ends = {f"{name}{_END}": lengths.cumsum() for name, (_, lengths) in lists.items()}
+    return {name: values for name, (values, _) in lists.items()} | ends, counts
+
+
+def _write(parts: Iterable[Mapping[str, np.ndarray]], files: Mapping[str, BinaryIO], counts: Counter[str]) -> None:
+    sizes = write_columns(parts, files, {f"{name}{_END}": name for name in LISTS})
+    _require_windows(sizes["input_ids"], counts)
+
+
+def _keep(parts: Iterable[Mapping[str, np.ndarray]], folder: Path, counts: Counter[str]) -> None:
+    """Write the columns of all parts, and `counts`, which grow with them, to a folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic_output(folder) as unfinished, ExitStack() as opened:
+            unfinished.mkdir()
+            files = {name: opened.enter_context(open(unfinished / name, "wb")) for name in _KINDS}
+            _write(parts, files, counts)
+            (unfinished / "counts.json").write_text(json.dumps(counts))
+    except InputError:
+        if not folder.exists():  # otherwise another run has written the same data meanwhile
+            raise
+
+
+def _require_windows(tokens: int, counts: Counter[str]) -> None:
+    require(
+        tokens > 0,
+        f"data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})",
+    )
+
+
+def encoded_windows(windows: Iterable[Window], encoder: EpisodeEncoder, counts: Counter[str]) -> EncodedWindows:
+    """Return windows that `encoder` made as flat arrays.
 
     Args:
       counts: message -> number of dropped turns or other faults, for the error message.
     Raises: InputError if there is no window.
     """
-    values = {name: array("i") for name in LISTS} | {
-        name: array(STEP_CODES[kind]) for name, kind in Step.__annotations__.items()
+    lists = flatten(list(windows))
+    _require_windows(len(lists["input_ids"][0]), counts)
+    ends = {name: np.concatenate([[0], lengths.cumsum()]) for name, (_, lengths) in lists.items()}
+    return EncodedWindows({name: (values, ends[name]) for name, (values, _) in lists.items()}, encoder.step_rule)
+
+
+def flatten(windows: Sequence[Window]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the lists of some windows: name -> their values, concatenated, and the length of each list."""
+    columns = zip(*windows, strict=True) if windows else repeat((), len(LISTS))
+    return {
+        name: (np.array(list(chain.from_iterable(lists)), LISTS[name]), np.array(list(map(len, lists)), np.int64))
+        for name, lists in zip(Window._fields, columns, strict=True)
     }
-    lengths = {name: array("q", [0]) for name in values}
-    for window in windows:
-        lists = window._asdict()
-        steps = zip(*lists.pop("steps"), strict=True)
-        for name, items in (lists | dict(zip(Step._fields, steps, strict=True))).items():
-            values[name].extend(items)
-            lengths[name].append(len(items))
-    require(
-        len(lengths["input_ids"]) > 1,
-        f"data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})",
-    )
-    return {name: (np.asarray(values[name]), np.cumsum(np.asarray(lengths[name]))) for name in values}

@@ -27,6 +27,7 @@ from offline_lmrl.logs.parallel import chunks, map_in_order
 from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.logs.trajectory import Trajectory, Turn, with_own_token_ids
 from offline_lmrl.tokens.batching import PackedDataset, pad, pick, places_of
+from offline_lmrl.tokens.column_files import counted, map_columns, write_columns
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.windows import EncodedDialogue, WindowRule, agent_turns
 
@@ -156,23 +157,16 @@ def encode_comparisons(
         lets the agent see there.
     Raises: InputError if no comparison is left, or if a trajectory has no agent turn.
     """
-    sizes: Counter[str] = Counter()  # values in each column so far
+    render = partial(_rendered, partial(_encoded, renderer, window, by_turn), rows)
+    parts = counted(map_in_order(render, chunks(range(len(rows)), _CHUNK), processes), counts)
     with in_temporary_folder(), ExitStack() as opened:
         files = {name: opened.enter_context(tempfile.TemporaryFile()) for name in _CODES}
-        for name in _ENDS:
-            files[name].write(bytes(8))  # the first end is 0
-        render = partial(_rendered, partial(_encoded, renderer, window, by_turn), rows)
-        parts = map_in_order(render, chunks(range(len(rows)), _CHUNK), processes)
-        for part, mine in tracked(parts, "rendering, in chunks", -(-len(rows) // _CHUNK)):
-            counts.update(mine)
-            for name, values in part.items():
-                files[name].write(np.asarray(values) + sizes[_ENDS[name]] if name in _ENDS else values)
-            sizes.update({name: len(values) for name, values in part.items()})
+        sizes = write_columns(tracked(parts, "rendering, in chunks", -(-len(rows) // _CHUNK)), files, _ENDS)
         require(
             bool(sizes["target"]),
             f"comparisons: found none that fits into max_length, expected at least one ({dict(counts)})",
         )
-        read = {name: np.asarray(np.memmap(file, _CODES[name], "r")) for name, file in files.items()}
+        read = map_columns(files, _CODES)
     return ComparisonDataset(**read, pad_id=renderer.close_id)
 
 

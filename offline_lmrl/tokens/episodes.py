@@ -6,12 +6,15 @@ position. A log is cut if it ends before the episode does (`Trajectory.terminate
 end, the closing V, then replaces the rewards that were not logged.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate
 from typing import Literal, NamedTuple
+
+import tokenizers
 
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
@@ -19,6 +22,7 @@ from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.windows import EncodedDialogue, Ids, Span, WindowRule, agent_turns, cut_windows
 
 ReturnIdsFor = Callable[[Trajectory], Sequence[Ids]]
+ENCODING = 1  # the version of the windows and of their form in files; raise it whenever either changes
 RE_ENCODED = "trajectories encoded from text: their ids are from another tokenizer, template or rendering scheme"
 
 
@@ -51,48 +55,70 @@ class RowKind(IntEnum):
     END = 2  # end_ids, the row up to the end of a cut log
 
 
-class Step(NamedTuple):
-    """A token that the agent chose, with what is learnt at it. `ActionSteps` (batching.py) explains the other fields.
+class TurnEnd(IntEnum):
+    """What the log holds after the last action of a trained turn."""
 
-    next_row_kind: the kind (`RowKind`) of the row that holds the next state; a batch turns it into `next_row`.
-    end_row_kind: the kind of the row that holds the state of the closing V; a batch turns it into `end_row`.
+    CONTINUES = 0  # a state from which V bootstraps
+    TERMINATED = 1  # nothing, because the episode ended
+    FINISHED = 2  # nothing, because the log was cut after the turn: its last action has no target
+    UNFINISHED = 3  # nothing, because the log was cut inside the turn, whose last action does not close it
+
+
+class TrainedTurn(NamedTuple):
+    """The actions of one turn in a window, and all that their steps follow from (`expand` in tokens/steps.py).
+
+    turn: index of the turn in its trajectory.
+    open_state: the state before the turn's first action.
+    actions: number of actions.
+    in_row: True if all actions but the last are the tokens of input_ids after `open_state`, as they are unless a turn
+      that is no assistant's is trained and printed with another opening there.
+    last_action: id of the last action, 0 if there is none; it may differ from the token of input_ids, or follow it.
+    reward: scaled reward of the turn.
+    end: what follows the last action (`TurnEnd`).
+    next_row_kind: the kind (`RowKind`) of the row that holds the first state of the agent's next turn, or the state
+      from which V bootstraps at the end of a cut log.
+    next_state: column of that state.
+    end_row_kind: the kind of the row that holds the state of the closing V.
+    end_state: column of that state.
+    return_after: discounted scaled return after the turn, from that next state on.
+    discount_after: discount from that next state to the closing V; 0 if the episode terminated.
     """
 
-    state: int
-    action: int
-    reward: float
-    discount: float
-    next_row_kind: int
-    next_state: int
-    bootstrap: float
-    has_target: bool
-    closes_turn: bool
     turn: int
     open_state: int
-    return_to_go: float
+    actions: int
+    in_row: bool
+    last_action: int
+    reward: float
+    end: int
+    next_row_kind: int
+    next_state: int
     end_row_kind: int
     end_state: int
-    end_discount: float
+    return_after: float
+    discount_after: float
 
 
 class Window(NamedTuple):
-    """A row of tokens with the steps that are trained in it, and up to two further rows in which only V is computed.
+    """A row of tokens with the turns that are trained in it, and up to two further rows in which only V is computed.
 
     input_ids: the row that holds the trained turns.
     next_ids: the row up to and including the opening of the agent's next turn; at its last position, V is the value of
       the next state after the window's last turn. Empty if input_ids holds that state, or if the log has none.
     end_ids: for a window before the last one of a cut log, the row whose last position gives the closing V. Empty for
       the last window, whose other rows hold that state, and if the episode terminated.
-    environment: the positions in input_ids before each token of the environment's replies to the turns trained here;
-      empty unless the encoder was made with `replies`.
-    steps: one per trained action token.
+    replies: for each reply of the environment to the turns trained here, the state before its first token and its
+      number of tokens; empty unless the encoder was made with `replies`.
+    turns: the turns trained here.
+    apart: the actions of those turns that are not in input_ids (`TrainedTurn.in_row`), concatenated.
     """
 
     input_ids: list[int]
     next_ids: list[int]
     end_ids: list[int]
-    environment: list[int]
-    steps: list[Step]
+    replies: list[tuple[int, int]]
+    turns: list[TrainedTurn]
+    apart: list[int]
 
 
 @dataclass(frozen=True)
@@ -119,6 +145,17 @@ class EpisodeEncoder:
     return_ids_for: ReturnIdsFor | None = None
     replies: bool = False
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all on which the windows of given trajectories depend.
+
+        `return_ids_for`, if given, must be a method of an object whose repr holds its whole state (`ReturnTokens`).
+        """
+        renderer = self.renderer
+        rendering = tokenizers.__version__, renderer.fingerprint, renderer.template, renderer.ends
+        rules = self.window, self.step_rule, self.scale, self.return_ids_for, self.replies
+        return hashlib.sha256(repr((ENCODING, *rendering, *rules)).encode()).hexdigest()[:32]
+
     def encode(self, trajectory: Trajectory, counts: Counter[str], few_shot: Ids = ()) -> Iterator[Window]:
         """Yield all windows of a trajectory.
 
@@ -141,9 +178,9 @@ class EpisodeEncoder:
         )
         counts["windows that lost old turns to max_length"] += sum(map(episode.lost_to_length, episode.spans))
         counts["replies of the environment left out: longer than the space that max_length leaves"] += episode.left_out
-        steps = _TurnSteps(self, episode)
+        outcomes = _outcomes(self, episode)
         for span in episode.spans:
-            yield episode.window(span, steps)
+            yield episode.window(span, outcomes)
 
 
 class _Episode:
@@ -250,7 +287,7 @@ class _Episode:
             state[i] = start + longer + self.encoded[i].action_start - 1
         return self.dialogue.joined(pieces), state
 
-    def window(self, span: Span, steps: "_TurnSteps") -> Window:
+    def window(self, span: Span, outcomes: Mapping[int, "_Outcome"]) -> Window:
         input_ids, state = self._row(span)
         inside = [index for index in self.agent_turns if span.credited <= index < span.stop]
         next_ids, end_ids = [], []
@@ -278,17 +315,31 @@ class _Episode:
         # A reply is a target only in the window that trains the turn it answers: its content and closing, not its
         # opening, which the environment does not choose.
         replies = [turn for index in inside for turn in range(index + 1, self.answered.get(index, index + 1))]
-        return Window(
-            input_ids,
-            next_ids,
-            end_ids,
-            [state[turn] + k for turn in replies for k in range(len(self.encoded[turn].actions))],
-            [
-                step
-                for index, place in zip(inside, next_states, strict=True)
-                for step in steps.of(index, state[index], place, end)
-            ],
-        )
+        turns, apart = [], []
+        for index, place in zip(inside, next_states, strict=True):
+            opening, actions = state[index], self.encoded[index].actions
+            kind, place = self._end_of(index, opening + len(actions), place)
+            in_row = tuple(input_ids[opening + 1 : opening + len(actions)]) == actions[:-1]
+            apart += () if in_row else actions
+            last, (reward, *after) = actions[-1] if actions else 0, outcomes[index]
+            turns.append(TrainedTurn(index, opening, len(actions), in_row, last, reward, kind, *place, *end, *after))
+        answers = [(state[turn], len(self.encoded[turn].actions)) for turn in replies]
+        return Window(input_ids, next_ids, end_ids, answers, turns, apart)
+
+    def _end_of(self, index: int, done: int, follows: tuple[int, int]) -> tuple[TurnEnd, tuple[int, int]]:
+        """Return what follows agent turn `index`, and the state from which V bootstraps: kind of row, column.
+
+        Args:
+          done: the state after the turn's last action.
+          follows: kind of row and column of the first state of the agent's next turn.
+        """
+        if self.ends_inside(index):
+            return TurnEnd.UNFINISHED, (RowKind.OWN, done)
+        if self.ends_after(index):
+            # No state after the closing action was logged: V is taken before it, and it gets no target itself.
+            return TurnEnd.FINISHED, (RowKind.OWN, done - 1)
+        terminal = self.end == "terminated" and index == self.agent_turns[-1]
+        return TurnEnd.TERMINATED if terminal else TurnEnd.CONTINUES, follows
 
     def _end_ids(self) -> list[int]:
         """Return the row whose last position gives the closing V, for windows before the last; [] if terminated."""
@@ -302,76 +353,28 @@ class _Episode:
         return [*self._before(last)[1], *turn.ids[turn.action_start : turn.action_stop - (self.end == "finished")]]
 
 
-class _TurnSteps:
-    # The steps of an episode's agent turns, with rewards, discounts and returns.
+class _Outcome(NamedTuple):
+    """The scaled reward of an agent turn, and the fields `return_after` and `discount_after` of `TrainedTurn`."""
 
-    def __init__(self, encoder: EpisodeEncoder, episode: _Episode):
-        self.rule, self.episode = encoder.step_rule, episode
-        self.reward = [encoder.scale.apply(turn.reward) for turn in episode.dialogue.turns]
-        # Index of an agent turn -> the discounted return after it and the discount of the closing V, both from the
-        # first state of the next agent turn. The discount is 0 if the episode terminated.
-        self.after: dict[int, tuple[float, float]] = {}
-        after = 0.0, float(episode.end != "terminated")
-        for index in reversed(episode.agent_turns):
-            self.after[index] = after
-            after = self._return_from(index, 0)
+    reward: float
+    return_after: float
+    discount_after: float
 
-    def _return_from(self, index: int, k: int) -> tuple[float, float]:
-        """Return the discounted return from action k of a turn on, and the discount of the closing V from there."""
-        gamma, left = self.rule.discount_per_token, len(self.episode.encoded[index].actions) - k
-        if self.episode.ends_after(index):
+
+def _outcomes(encoder: EpisodeEncoder, episode: _Episode) -> dict[int, _Outcome]:
+    """Map the index of each agent turn of an episode to its outcome."""
+    rule, turns = encoder.step_rule, episode.dialogue.turns
+    found, after = {}, (0.0, float(episode.end != "terminated"))
+    for index in reversed(episode.agent_turns):
+        reward = encoder.scale.apply(turns[index].reward)
+        found[index] = _Outcome(reward, *after)
+        gamma, actions = rule.discount_per_token, len(episode.encoded[index].actions)
+        if episode.ends_after(index):
             # V at the state of the last action closes the log, so the reward of that action must not count as well.
-            return 0.0, gamma ** (left - 1)
-        # The reward is paid at the last action, left − 1 steps after action k, and the next turn opens one step later.
-        total, factor = self.after[index]
-        later = gamma**left * self._turn_discount(index)
-        return gamma ** (left - 1) * self.reward[index] + later * total, later * factor
-
-    def _turn_discount(self, index: int) -> float:
-        # discount_per_turn belongs to the action that closes a turn, which an unfinished turn does not have.
-        return 1.0 if self.episode.ends_inside(index) else self.rule.discount_per_turn
-
-    def of(self, index: int, opening: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
-        """Yield the steps of agent turn `index`.
-
-        Args:
-          opening: the state before the turn's first action.
-          follows: kind of row (`RowKind`) and column of the first state of the agent's next turn.
-          end: kind of row and column of the state whose V closes a cut log.
-        """
-        actions, gamma = self.episode.encoded[index].actions, self.rule.discount_per_token
-        n, inside = len(actions), self.episode.ends_inside(index)
-        terminal = self.episode.end == "terminated" and index == self.episode.agent_turns[-1]
-        reward, turn_discount = self.reward[index], self._turn_discount(index)
-        reach = n  # the state `follows` is `reach` actions after the opening
-        if inside:
-            follows = (RowKind.OWN, opening + n)
-        elif self.episode.ends_after(index):
-            # No state after the closing action was logged: V is taken before it, and it gets no target itself.
-            follows, reward, reach, turn_discount = (RowKind.OWN, opening + n - 1), 0.0, n - 1, 1.0
-        for k in range(n):
-            has_target = k < reach
-            paid, discount, place, bootstrap = 0.0, gamma, (RowKind.OWN, opening + k + 1), 1.0
-            # The last action, and with bootstrap_from_turn every action, bootstraps from the state `follows`.
-            if has_target and (self.rule.bootstrap_from_turn or k == reach - 1):
-                left = reach - k
-                paid, discount = gamma ** (left - 1) * reward, gamma**left * turn_discount
-                place, bootstrap = follows, float(not terminal)
-            total, factor = self._return_from(index, k) if has_target else (0.0, 0.0)
-            yield Step(
-                state=opening + k,
-                action=actions[k],
-                reward=paid,
-                discount=discount,
-                next_row_kind=place[0],
-                next_state=place[1],
-                bootstrap=bootstrap,
-                has_target=has_target,
-                closes_turn=k == n - 1 and not inside,
-                turn=index,
-                open_state=opening,
-                return_to_go=total,
-                end_row_kind=end[0],
-                end_state=end[1],
-                end_discount=factor,
-            )
+            after = 0.0, gamma ** (actions - 1)
+            continue
+        # The reward is paid at the last action, and the next turn opens one step later. discount_per_turn belongs to
+        # the action that closes a turn, which an unfinished turn does not have.
+        later = gamma**actions * (1.0 if episode.ends_inside(index) else rule.discount_per_turn)
+        after = gamma ** (actions - 1) * reward + later * after[0], later * after[1]
+    return found

@@ -7,6 +7,7 @@ A step is one token that the agent chose. A window is a row of tokens with agent
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.tokens.batching import WindowDataset, columns_of, places_of
+from offline_lmrl.tokens.batching import WindowDataset, encoded_windows, places_of
 from offline_lmrl.tokens.episodes import EpisodeEncoder, Window
 from offline_lmrl.tokens.windows import Ids
 
@@ -62,12 +63,19 @@ class Experience:
                     of_window.append(number)
                     yield window
 
-        windows = WindowDataset(columns_of(numbered(), counts), pad_id, next_rows=next_rows, end_rows=False)
-        return cls(windows, np.repeat(of_window, np.diff(windows.flat["state"][1])), len(trajectories))
+        encoded = encoded_windows(numbered(), encoder, counts)
+        windows = WindowDataset(encoded, pad_id, next_rows=next_rows, end_rows=False)
+        return cls(windows, np.repeat(of_window, np.diff(windows.step_offsets)), len(trajectories))
+
+    @cached_property
+    def steps(self) -> dict[str, np.ndarray]:
+        """The columns of the steps that `expand` (tokens/steps.py) returns: name -> (N,)."""
+        parts = list(self.windows.step_parts())
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def column(self, name: str) -> Tensor:
-        """Return the column of this name, (N,): a field of `Step` or one that `add` stored."""
-        return torch.from_numpy(np.asarray(self.windows.flat[name][0]))
+        """Return the column of this name, (N,): one of `steps` or one that `add` stored."""
+        return torch.from_numpy({**self.steps, **self.windows.extra}[name])
 
     def add(self, **columns: Tensor | np.ndarray) -> None:
         """Store further columns with one number per step."""
@@ -75,7 +83,7 @@ class Experience:
 
     def tokens(self) -> Iterator[tuple[int, int, int]]:
         """Yield three indices per step: its trajectory, its turn in the trajectory, its action token in the turn."""
-        turn, state, start = (self.windows.flat[name][0] for name in ("turn", "state", "open_state"))
+        turn, state, start = (self.steps[name] for name in ("turn", "state", "open_state"))
         return zip(self.episode.tolist(), turn.tolist(), (state - start).tolist(), strict=True)
 
     def places(self, index: np.ndarray) -> np.ndarray:
@@ -85,4 +93,4 @@ class Experience:
           index: (n,) indices of the windows.
         Returns: the indices of the steps, (m,), in the order of `index`.
         """
-        return places_of(self.windows.flat["state"][1], index)[0]
+        return places_of(self.windows.step_offsets, index)[0]

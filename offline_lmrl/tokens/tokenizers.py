@@ -138,6 +138,7 @@ class TextEncoder:
             "tokenizer with an eos_token",
         )
         self.close_id = chosen[-1] if chosen else tokenizer.eos_token_id
+        self._marks = self.controls | {self.close_id}
 
     def stock(self, text: str) -> list[int]:
         """Return the ids that the tokenizer itself gives to a text."""
@@ -167,13 +168,12 @@ class TextEncoder:
             # Unigram and whole-word models also have special tokens in their plain vocabulary. Cutting a typed special
             # token in two keeps the model from finding it.
             ids = [token for piece in self._inside_control.split(text) for token in self._spelt(piece)]
-        for token in ids:
-            if token == self.close_id or token in self.controls:
-                name = self._backend.id_to_token(token)
-                raise InputError(
-                    f"content: found text that the tokenizer encodes as {name!r}, which marks turns, expected a "
-                    "tokenizer with an eos_token that plain text cannot produce"
-                )
+        if not self._marks.isdisjoint(ids):
+            name = self._backend.id_to_token(next(token for token in ids if token in self._marks))
+            raise InputError(
+                f"content: found text that the tokenizer encodes as {name!r}, which marks turns, expected a "
+                "tokenizer with an eos_token that plain text cannot produce"
+            )
         return tuple(ids)
 
     def _spelt(self, text: str) -> list[int]:

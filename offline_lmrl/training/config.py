@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 
 from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.errors import InputError, require, shown
-from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.logs.io import store_trajectories
 from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.settings import build_inner, setting
 from offline_lmrl.tokens.few_shot import FewShotConfig
@@ -46,6 +46,10 @@ class BaseConfig(TrainingArguments):
         "none. `assembled`: the template's texts around turns, but earlier text never changes; this is faster if the "
         "template rewrites earlier turns, and then differs from what other engines print. `plain`: one line per turn, "
         "with the speaker's name.",
+    )
+    processes: int = setting(
+        1,
+        "Number of processes that read and render the data; results do not depend on it.",
     )
 
     learning_rate: float = setting(1e-5, "Highest learning rate of AdamW.")
@@ -110,6 +114,7 @@ class BaseConfig(TrainingArguments):
             adam_beta2=(0, 0.9999999),
             adam_epsilon=(0, 1e6),
             dataloader_num_workers=(0, 10**6),
+            processes=(1, 10**6),
             **({} if self.max_grad_norm is None else {"max_grad_norm": (0, math.inf)}),
         )
         check_schedule(self)
@@ -144,9 +149,9 @@ class BaseConfig(TrainingArguments):
         Args:
           source: a path or hub name.
           counts: is incremented for each repaired or dropped row, under the reason; None = they are not counted.
-          reward: the column that holds a row's score; None = `reward` or `label`, as for `read_trajectories`.
+          reward: the column that holds a row's score; None = `reward` or `label`, as for `store_trajectories`.
         """
-        return read_trajectories(source, counts=counts, reward=reward)
+        return store_trajectories(source, counts=counts, reward=reward, processes=self.processes)
 
     def new_model(self, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Build a model with fresh weights.

@@ -9,7 +9,6 @@ them again.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.prompts import evaluating
 from offline_lmrl.errors import require
+from offline_lmrl.logs.files import cache_folder
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.terminal import tracked
 from offline_lmrl.models.lm_head import log_probs_at
@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 
 LARGEST_SHARE = 0.5  # of the free disk space that hidden states may take
 PLACES = ("", "next_", "end_")  # of a step: its state, its next state, and the end of its log
+# The fields of a turn (`TrainedTurn` in tokens/episodes.py) on which these places and the actions depend.
+TURN_PLACES = (
+    "open_state", "actions", "in_row", "last_action", "end", "next_row_kind", "next_state", "end_row_kind", "end_state"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,7 @@ def hidden_windows(model: PreTrainedModel, windows: WindowDataset, folder: Path 
       folder: where the files are; None = hidden_states in the user's cache folder.
     Raises: InputError if the files would take more than LARGEST_SHARE of the free disk space.
     """
-    folder = cache_folder() if folder is None else folder
+    folder = cache_folder("hidden_states") if folder is None else folder
     path = folder / _fingerprint(model, windows)
     if not (path / "shape.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,11 +128,6 @@ def hidden_windows(model: PreTrainedModel, windows: WindowDataset, folder: Path 
     )
 
 
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "offline_lmrl" / "hidden_states"
-
-
 def _fingerprint(model: PreTrainedModel, windows: WindowDataset) -> str:
     """Hash all that hidden states, places and log π depend on: weights, tokens and places."""
     digest = hashlib.sha256(
@@ -138,10 +137,11 @@ def _fingerprint(model: PreTrainedModel, windows: WindowDataset) -> str:
         if not in_value_heads(name):
             digest.update(name.encode())
             digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
-    for name in ("input_ids", "next_ids", "end_ids", "state", "action", "next_row_kind", "next_state", "end_row_kind",
-                 "end_state"):  # fmt: skip
-        for values in windows.flat[name]:
-            digest.update(np.ascontiguousarray(values))
+    digest.update(repr(windows.encoded.step_rule.bootstrap_from_turn).encode())
+    for name, (values, offsets) in windows.encoded.lists.items():
+        digest.update(np.ascontiguousarray(offsets))
+        for field in TURN_PLACES if name == "turns" else (...,):
+            digest.update(np.ascontiguousarray(values[field]))
     return digest.hexdigest()[:32]
 
 

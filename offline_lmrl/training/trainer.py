@@ -8,6 +8,7 @@ replies. Packed: a batch also lists the steps, which are the tokens that the age
 computed at these only. An item is what the loss is averaged over: a step, or a comparison.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from offline_lmrl.decoding.config import DecodingConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.probe import probing
 from offline_lmrl.errors import InputError, require
+from offline_lmrl.logs.files import cache_folder
 from offline_lmrl.logs.io import data_hash, read_trajectories
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.terminal import tracked
@@ -49,6 +51,7 @@ from offline_lmrl.training.metrics import Averages, LastStep, MetricsFile, batch
 from offline_lmrl.training.publishing import model_card, sources
 from offline_lmrl.training.starting_model import check_policy, check_template, tokenizer_beside, with_adapter
 
+KEPT_FROM = 5000  # trajectories, fewer of which are encoded again in seconds
 KNOWN_TURN = "a finished agent turn after which the log continues or ends"  # its reward is a training target
 
 
@@ -416,10 +419,10 @@ class OfflineTrainer(BaseTrainer):
             encoding.return_ids_for,
             encoding.replies,
         )
-        windows = self._windows(encoding, logs.train, logs.demonstrations, self.counts)
+        self.data["training"]["hash"] = data_hash(logs.train)
+        windows = self._windows(encoding, logs, logs.train, self.counts)
         check_template(self.renderer, (row.turns for row in logs.train), self.counts)
         model = self.prepare_model(model, windows)
-        self.data["training"]["hash"] = data_hash(logs.train)
         model.config.offline_lmrl = run_metadata(model.config) | {
             "algorithm": self.algorithm,
             **rendering_block(self.renderer),
@@ -436,7 +439,7 @@ class OfflineTrainer(BaseTrainer):
         )
         if logs.held_out is not None:
             self.prompts = prompts_of(logs.held_out, args.log_completions)
-            held_out = self._windows(encoding, logs.held_out, logs.demonstrations, Counter())
+            held_out = self._windows(encoding, logs, logs.held_out, Counter())
         return model, windows, held_out
 
     def policy(self) -> LanguagePolicy:
@@ -445,17 +448,22 @@ class OfflineTrainer(BaseTrainer):
         return LanguagePolicy(self.model, self.renderer, decoding, **asdict(self.args.window))
 
     def _windows(
-        self,
-        encoding: Encoding,
-        rows: Sequence[Trajectory],
-        demonstrations: Sequence[Trajectory] | None,
-        counts: Counter[str],
+        self, encoding: Encoding, logs: Logs, rows: Sequence[Trajectory], counts: Counter[str]
     ) -> WindowDataset:
-        spec, few_shot = self.args.few_shot, None
-        if spec is not None:
-            few_shot = encode_few_shot(spec, rows, demonstrations, self.renderer, encoding.return_ids_for)
+        """Return the windows of `rows`, which are the training or the held-out trajectories of `logs`."""
+        args, few_shot, kept = self.args, None, None
+        if args.few_shot is not None:
+            few_shot = encode_few_shot(
+                args.few_shot, rows, logs.demonstrations, self.renderer, encoding.return_ids_for
+            )
+        if len(rows) >= KEPT_FROM:
+            shown = None if logs.demonstrations is None else data_hash(logs.demonstrations)
+            parts = self.encoder.fingerprint, data_hash(rows), args.few_shot, shown
+            kept = cache_folder("encoded") / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        with args.main_process_first():  # the other processes read what it has kept
+            encoded = encode_trajectories(rows, self.encoder, counts, few_shot, args.processes, kept)
         windows = WindowDataset(
-            encode_trajectories(rows, self.encoder, counts, few_shot),
+            encoded,
             self.renderer.close_id,  # any id will do for padding, which is defined by the attention mask
             next_rows=encoding.next_rows,
             end_rows=encoding.end_rows,

@@ -107,11 +107,11 @@ def test_advantages_are_the_critics_in_scaled_units_at_every_token(tmp_path, cri
     made = trainer(critic, tmp_path / "run", per_device_eval_batch_size=3)
     judge = LanguagePolicy.load(critic, q_reduce="min", device="cpu")
     steps = measure_logs(judge, logs())  # in reward units
-    found = made.train_dataset.flat["advantage"][0]
+    found = made.train_dataset.column("advantage")
     assert_close(torch.from_numpy(found), torch.from_numpy(steps.q - steps.v) / 5.0, atol=1e-5, rtol=0)
     assert found.std() > 0.05
     batch = made.train_dataset.batch([3, 1])
-    ((start, stop), (first, last)) = (made.train_dataset.flat["state"][1][i : i + 2] for i in (3, 1))
+    ((start, stop), (first, last)) = (made.train_dataset.step_offsets[i : i + 2] for i in (3, 1))
     expected = torch.from_numpy(found[[*range(start, stop), *range(first, last)]])
     assert torch.equal(batch["steps"]["advantage"], expected)
 

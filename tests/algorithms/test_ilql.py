@@ -239,7 +239,7 @@ def in_another_order(run, batch):
 
 
 def as_another_token_pads(run, batch):
-    dataset = WindowDataset(run.train_dataset.flat, 71, next_rows=True, end_rows=True)
+    dataset = WindowDataset(run.train_dataset.encoded, 71, next_rows=True, end_rows=True)
     return dataset.batch(range(len(dataset)))
 
 
@@ -264,7 +264,7 @@ def test_loss_and_gradients_do_not_depend_on_how_the_batch_is_laid_out(tmp_path,
 
 def test_rows_that_close_returns_change_nothing_where_returns_are_not_used(tmp_path):
     run = with_random_heads(trainer(tmp_path, context=1))
-    longer = WindowDataset(run.train_dataset.flat, 0, next_rows=True, end_rows=True).batch(range(len(LOGS) + 3))
+    longer = WindowDataset(run.train_dataset.encoded, 0, next_rows=True, end_rows=True).batch(range(len(LOGS) + 3))
     batch = all_windows(run)
     assert len(longer["input_ids"]) > len(batch["input_ids"]) and longer["windows"] == batch["windows"] == 7
     expected, expected_gradients = loss_and_gradients(run, batch)

@@ -80,9 +80,9 @@ def test_the_critics_labels_are_binned_and_told_to_the_model(tmp_path, label, di
     assert run.returns["scale"] == scale.to_dict()
     return_tokens = ReturnTokens.from_block(run.returns, len(TOKENIZER), run.renderer)
     told = [ids[0] for t in labelled for ids in return_tokens.of_log(t)[:-1]]
-    ids = run.train_dataset.flat["input_ids"][0]
+    ids = run.train_dataset.encoded.lists["input_ids"][0]
     assert ids[ids >= len(TOKENIZER)].tolist() == told and len(set(told)) > 2
-    held_out = run.eval_dataset.flat["input_ids"][0]
+    held_out = run.eval_dataset.encoded.lists["input_ids"][0]
     assert held_out[held_out >= len(TOKENIZER)].tolist() == told[:4]
     plain = conditioned(tmp_path / "plain", binning="linear", bins=4)
     assert plain.returns["scale"] != run.returns["scale"]

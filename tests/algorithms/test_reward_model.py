@@ -257,7 +257,7 @@ def test_scores_of_the_replies_of_reference_are_normalised(tmp_path, normalise):
 
 def test_each_loss_takes_its_own_kind_of_data(tmp_path):
     write_trajectories(tmp_path / "rated.jsonl", RATED)
-    assert config(tmp_path, processes=2).read_rows(tmp_path / "rated.jsonl") == RATED
+    assert list(config(tmp_path, processes=2).read_rows(tmp_path / "rated.jsonl")) == RATED
     with pytest.raises(InputError, match="loss: found pairs with scored trajectories, expected comparisons"):
         trainer(tmp_path, RATED)
     with pytest.raises(InputError, match="loss: found regression with comparisons, expected scored trajectories"):

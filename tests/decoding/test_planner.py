@@ -176,9 +176,9 @@ def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(
     encoder = EpisodeEncoder(
         RENDERER, player.window, StepRule(), RewardScale(), player.return_tokens.nulls, replies=True
     )
-    columns = encode_trajectories([plan], encoder, Counter(), [player.shared_few_shot.without_returns])
-    batch = WindowDataset(columns, 0, next_rows=False, end_rows=False, replies=True).batch(
-        range(len(columns["input_ids"][1]) - 1)
+    encoded = encode_trajectories([plan], encoder, Counter(), [player.shared_few_shot.without_returns])
+    batch = WindowDataset(encoded, 0, next_rows=False, end_rows=False, replies=True).batch(
+        range(len(encoded.lists["turns"][1]) - 1)
     )
     states = list(zip(*(batch["environment"][name].tolist() for name in ("row", "state")), strict=True))
     replies = [(row, state) for row, state in states if (row, state - 1) not in states]

@@ -138,8 +138,8 @@ def test_the_shift_of_rewards_is_put_back(tmp_path):
 
 def test_what_is_read_does_not_depend_on_batches_or_on_who_reads_which(tmp_path):
     judge = critic(tmp_path, context=2)
-    columns = encode_trajectories(LOGS, log_encoder(judge), Counter())
-    windows = WindowDataset(columns, 0, next_rows=True, end_rows=False)
+    encoded = encode_trajectories(LOGS, log_encoder(judge), Counter())
+    windows = WindowDataset(encoded, 0, next_rows=True, end_rows=False)
     want = ("target_q", "v", "next_v")
     whole, single, *halves = (
         compute_step_outputs(judge.model, windows, want, token_budget=budget, share=share)

@@ -71,8 +71,8 @@ def test_count_earns_what_is_asked_of_it(tmp_path, seed):
 
 
 def held_out_loss(run, logs, return_tokens=None):
-    columns = encode_trajectories(logs, replace(run.encoder, return_ids_for=return_tokens), Counter())
-    return run.evaluate(replace(run.train_dataset, flat=columns))["eval_loss"]
+    encoded = encode_trajectories(logs, replace(run.encoder, return_ids_for=return_tokens), Counter())
+    return run.evaluate(replace(run.train_dataset, encoded=encoded))["eval_loss"]
 
 
 def test_the_null_row_is_the_cloned_policy(tmp_path):

@@ -191,10 +191,10 @@ def test_truncation_keeps_a_reward_on_the_token_that_closes_its_reply_or_drops_b
     paid = []
     for row in to_trajectories([compare(((Turn("assistant", "fine, how are you"),), A), (1.0, 0.0))]):
         try:
-            columns = encode_trajectories([row], encoder, counts)
+            encoded = encode_trajectories([row], encoder, counts)
         except InputError:
             continue  # the reply does not fit, and says so
-        steps = WindowDataset(columns, 0, next_rows=False, end_rows=False).batch([0])["steps"]
+        steps = WindowDataset(encoded, 0, next_rows=False, end_rows=False).batch([0])["steps"]
         assert steps["reward"][steps["closes_turn"]].tolist() == [row.total_return]
         assert not steps["reward"][~steps["closes_turn"]].any()
         paid.append(row.total_return)

@@ -48,8 +48,8 @@ def agent(text, reward=None, **more):
 
 def batch_of(trajectories, rule=DEFAULT_WINDOWS, steps=DEFAULT_STEPS, counts=None, ends=True):
     encoder = EpisodeEncoder(LetterRenderer(), rule, steps, RewardScale())
-    columns = encode_trajectories(trajectories, encoder, Counter() if counts is None else counts)
-    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=ends)
+    encoded = encode_trajectories(trajectories, encoder, Counter() if counts is None else counts)
+    dataset = WindowDataset(encoded, 0, next_rows=True, end_rows=ends)
     return dataset.batch(range(len(dataset)))
 
 
@@ -264,8 +264,8 @@ def return_ids(trajectory):
 
 def with_return_ids(trajectories, rule=DEFAULT_WINDOWS, return_ids=return_ids):
     encoder = EpisodeEncoder(LetterRenderer(), rule, DEFAULT_STEPS, RewardScale(), return_ids)
-    columns = encode_trajectories(trajectories, encoder, Counter())
-    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True)
+    encoded = encode_trajectories(trajectories, encoder, Counter())
+    dataset = WindowDataset(encoded, 0, next_rows=True, end_rows=True)
     return dataset.batch(range(len(dataset)))
 
 
@@ -329,8 +329,8 @@ def test_every_window_gives_the_same_steps_alone_and_in_a_batch():
 def test_rows_that_nobody_reads_are_left_out():
     turns = (user("a"), agent("x", -1.0), user("b"), agent("y", 0.0))
     encoder = EpisodeEncoder(LetterRenderer(), WindowRule(context=1), StepRule(), RewardScale())
-    columns = encode_trajectories([Trajectory(turns)], encoder, Counter())
-    batch = WindowDataset(columns, 0, next_rows=False, end_rows=False).batch([0, 1])
+    encoded = encode_trajectories([Trajectory(turns)], encoder, Counter())
+    batch = WindowDataset(encoded, 0, next_rows=False, end_rows=False).batch([0, 1])
     assert len(batch["input_ids"]) == 2
     assert batch["steps"]["next_row"].max() < 2
 
@@ -358,8 +358,8 @@ def test_lengths_and_flat_storage_agree():
 
 def windows_of(view, trajectory, rule=DEFAULT_WINDOWS, replies=False, counts=None, return_ids=None, prompt=()):
     encoder = EpisodeEncoder(view, rule, DEFAULT_STEPS, RewardScale(), return_ids, replies=replies)
-    columns = encode_trajectories([trajectory], encoder, Counter() if counts is None else counts, [prompt])
-    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True, replies=replies)
+    encoded = encode_trajectories([trajectory], encoder, Counter() if counts is None else counts, [prompt])
+    dataset = WindowDataset(encoded, 0, next_rows=True, end_rows=True, replies=replies)
     assert not replies or all(len(index) == 0 for index in dataset.surplus_batch()["environment"].values())
     return dataset.batch(range(len(dataset)))
 

@@ -41,8 +41,8 @@ def return_ids(trajectory):
 
 def batch_of(trajectories, prompts, rule=None, return_ids=None, counts=None):
     encoder = EpisodeEncoder(RENDERER, rule or WindowRule(), StepRule(), RewardScale(), return_ids)
-    columns = encode_trajectories(trajectories, encoder, Counter() if counts is None else counts, prompts)
-    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True)
+    encoded = encode_trajectories(trajectories, encoder, Counter() if counts is None else counts, prompts)
+    dataset = WindowDataset(encoded, 0, next_rows=True, end_rows=True)
     return dataset.batch(range(len(dataset)))
 
 

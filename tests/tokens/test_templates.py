@@ -106,10 +106,10 @@ def test_every_agent_turn_is_trained_behind_what_play_sees(stem):
     )
     encoder = EpisodeEncoder(view, WindowRule(), StepRule(), RewardScale())
     for window in encoder.encode(Trajectory(turns), Counter()):
-        for step in window.steps:
-            if step.state == step.open_state and view.check.prompt_mismatch is None:
-                seen = window.input_ids[: step.state + 1]
-                assert seen == policy_window(turns[: step.turn], view, WindowRule())
+        for trained in window.turns:
+            if view.check.prompt_mismatch is None:
+                seen = window.input_ids[: trained.open_state + 1]
+                assert seen == policy_window(turns[: trained.turn], view, WindowRule())
 
 
 def test_words_of_the_probes_may_stand_in_a_log():
