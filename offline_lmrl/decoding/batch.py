@@ -225,15 +225,20 @@ class Batch:
             null=null.logits,
         )
         allowed = null.logits if self.trie is None else self.trie.mask(null.logits, self.node)
-        log_prob, ids = next_token(allowed, form, read)
-        column = _drawn_column(log_prob, form.temperature, u)
+        guided = bool(form.terms())
+        scores, ids = next_token(allowed, form, read, normalised=guided)
+        column, total = _drawn_column(scores, form.temperature, u)
         token = column if ids is None else ids.gather(-1, column)
         if self.most_top:
-            values, best = log_prob.topk(min(self.most_top, log_prob.shape[-1]), dim=-1)
-            self.top.append(((best if ids is None else ids.gather(-1, best)).tolist(), values.tolist()))
+            values, best = scores.topk(min(self.most_top, scores.shape[-1]), dim=-1)
+            best = best if ids is None else ids.gather(-1, best)
+            self.top.append((best.tolist(), (values - total).float().tolist()))
+        log_prob = (scores.gather(-1, column) - total).squeeze(-1)
+        if form.keeps_all and not guided and self.trie is None:
+            return token.squeeze(-1), log_prob, log_prob  # drawn from the policy itself
         policy = logits / divisor(form.temperature)
         policy_log_prob = policy.gather(-1, token).squeeze(-1) - policy.logsumexp(-1)
-        return token.squeeze(-1), log_prob.gather(-1, column).squeeze(-1), policy_log_prob
+        return token.squeeze(-1), log_prob, policy_log_prob
 
     def check(self, follow: bool) -> None:
         """Find the rows that have finished.
@@ -314,15 +319,20 @@ def form_and_reads(rows: Sequence[Row], device: torch.device) -> tuple[Form, fro
     return form, reads | {"all of Q"} if form.reads_all_of_q(device) else reads
 
 
-def _drawn_column(log_prob: Tensor, temperature: float | Tensor, u: Tensor) -> Tensor:
-    """Return the column (B, 1) that u (B,) draws from log_prob (B, K), or the best one at temperature 0.
+def _drawn_column(scores: Tensor, temperature: float | Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a column for each row.
 
-    In a row that is not a number it is any column.
+    Args:
+      scores: (B, K) unnormalised log-probabilities.
+      temperature: 0 = the best column; a number or a tensor (B, 1).
+      u: (B,) uniform random numbers in [0, 1).
+    Returns: the column (B, 1), which is any one in a row that is not a number; log Σ exp(scores), (B, 1).
     """
     if not isinstance(temperature, Tensor) and temperature == 0.0:
-        return log_prob.argmax(-1, keepdim=True)
+        return scores.argmax(-1, keepdim=True), scores.logsumexp(-1, keepdim=True)
+    drawn, total = sample_from(scores, u)
     # Nothing is drawn from a row that is not a number; without the limit the index would be K.
-    drawn = sample_from(log_prob, u).clamp(max=log_prob.shape[-1] - 1).unsqueeze(-1)
+    drawn = drawn.clamp(max=scores.shape[-1] - 1).unsqueeze(-1)
     if isinstance(temperature, Tensor):
-        return log_prob.argmax(-1, keepdim=True).where(temperature == 0.0, drawn)
-    return drawn
+        drawn = scores.argmax(-1, keepdim=True).where(temperature == 0.0, drawn)
+    return drawn, total.unsqueeze(-1)

@@ -17,8 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offline_lmrl.decoding.cache import CacheMemory, cache_argument, is_kept_per_token, joined_cache, new_cache
 from offline_lmrl.decoding.distribution import Form
+from offline_lmrl.decoding.one_token import Step, one_token_step
 from offline_lmrl.models.adapters import part_of
-from offline_lmrl.models.value_heads import forward_with_q
+from offline_lmrl.models.value_heads import forward_with_q, logits_and_q
 
 MOST_TOKENS = 32_768  # limit on rows × (prompt + longest reply) in one batch
 MOST_LOGITS = 2**25  # limit on rows × vocabulary in one batch
@@ -132,6 +133,7 @@ class CachedModel:
         for a model without returns.
       vocabulary: the number of tokens.
       keeps_tokens: True if the cache has an entry per token, so that caches can be reused in part, and joined.
+      step: the one-token step of the decoder; None = its own forward.
 
     Raises: InputError if the model takes no cache.
     """
@@ -142,6 +144,7 @@ class CachedModel:
         self.null = model.get_input_embeddings().weight.shape[0] if conditioned else None
         self.vocabulary = model.config.get_text_config().vocab_size
         self.keeps_tokens = is_kept_per_token(new_cache(model, 0))
+        self.step: Step | None = None
 
     def fits(self, rows: int, columns: int, streams: int) -> bool:
         """True if a batch of so many rows and columns (prompt and longest reply) is within the limits."""
@@ -163,6 +166,9 @@ class CachedModel:
         """
         if self.cache_argument == "cache_params" and mask is not None:
             mask = mask[:, -ids.shape[1] :]  # a recurrent state has no columns, so there is no padding left to mask
+        if ids.shape[1] == 1 and self.step is not None:
+            mask = None if mask is None else mask[:, None, None]
+            return self._after(self.step(self._embedded(ids), mask, position, cache), reads)
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -178,6 +184,19 @@ class CachedModel:
             outputs, hidden = self.model.forward_with_hidden(**inputs)
             return LastOutputs(outputs.logits[:, -1].float(), hidden[:, -1])
         return LastOutputs(self.model(**inputs).logits[:, -1].float())
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (B, T, d) of ids, those of requested returns included."""
+        embedding, returns = self.model.get_input_embeddings(), part_of(self.model, "return_embedding")
+        return embedding(ids) if returns is None else returns(ids, embedding)
+
+    def _after(self, hidden: Tensor, reads: frozenset[str]) -> LastOutputs:
+        """Return the outputs at the decoder's last hidden states (B, 1, d) of a model with a one-token step."""
+        if "all of Q" in reads:
+            logits, q = logits_and_q(self.model, hidden)
+            return LastOutputs(logits[:, -1].float(), hidden[:, -1], q[:, :, -1])
+        logits = self.model.get_output_embeddings()(hidden)[:, -1].float()
+        return LastOutputs(logits, hidden[:, -1] if "hidden states" in reads else None)
 
     def next(self, rows: Rows, tokens: Tensor, reads: frozenset[str]) -> LastOutputs:
         """Run the model on the token that was drawn for each row; `rows` is changed in place.
@@ -313,6 +332,7 @@ class Prompts:
         Returns: the rows, and the outputs after each prompt.
         """
         device, reserve = self.model.model.device, max(self.reserve[i] for i in chunk)
+        self.model.step = one_token_step(self.model.model)  # anew, as hooks and adapters may have come or gone
         distinct: dict[tuple[int, ...], int] = {}
         for i in chunk:
             distinct.setdefault(tuple(self.ids[i]), i)

@@ -38,7 +38,7 @@ from offline_lmrl.tokens.conditioning import ReturnTokens
 from offline_lmrl.tokens.rendering import Renderer
 
 
-def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
+def keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
     # Index 0 is the last hidden state of a tuple and of a ModelOutput alike.
     module.last_hidden = output[0]
 
@@ -72,7 +72,7 @@ class Guided:
     def _set_up(self, metadata: Mapping[str, Any]) -> None:
         """Give a model of the base class what this class adds, with the parts that the run metadata describe."""
         self.get_decoder().last_hidden = None
-        self.get_decoder().register_forward_hook(_keep_hidden)
+        self.get_decoder().register_forward_hook(keep_hidden)
         parts = _new_parts(self, metadata)
         for name in PARTS:
             setattr(self, name, parts.get(name))

@@ -487,3 +487,19 @@ def forward_with_q(model: PreTrainedModel, *args, **kwargs) -> tuple[Any, Tensor
     with head.beside_logits(lm_head, lambda: model.get_decoder().last_hidden) as q:
         outputs, hidden = model.forward_with_hidden(*args, **kwargs)
     return outputs, hidden, q[0]
+
+
+def logits_and_q(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the LM head of a guided model alone, and compute Q of all tokens as `forward_with_q` does.
+
+    Args:
+      model: the model; its forward does nothing after the LM head.
+      hidden: the decoder's last hidden states, (B,n,d).
+    Returns: logits (B,n,V), and Q by the target heads, (H,B,n,V), fp32, in scaled reward units.
+    """
+    head, lm_head = model.value_heads.target_q, model.get_output_embeddings()
+    if not head.uses_weight_of(lm_head):
+        return lm_head(hidden), model.q_values(hidden)
+    with head.beside_logits(lm_head, lambda: hidden) as q:
+        logits = lm_head(hidden)
+    return logits, q[0]

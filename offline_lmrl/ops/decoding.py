@@ -31,17 +31,21 @@ def uniform(seed: Tensor, counter: Tensor) -> Tensor:
     return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() / 2.0**53
 
 
-def sample_from(scores: Tensor, u: Tensor) -> Tensor:
+def sample_from(scores: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draw tokens by the inverse CDF: the first token whose cumulative softmax(scores) exceeds u.
+
+    It takes one exp of each score: the sum that normalises the CDF normalises the scores as well.
 
     Args:
       scores: (B, V) unnormalised log-probabilities; −inf is never drawn.
       u: (B,) in [0, 1), such as from `uniform`.
-    Returns: (B,) long, token ids.
+    Returns: (B,) long, token ids; (B,) fp64, log Σ exp(scores).
     """
-    cdf = at_least_float32(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
+    scores = at_least_float32(scores)
+    most = scores.amax(-1, keepdim=True)
+    cdf = (scores - most).exp_().cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
     # right=True finds the first token with cdf > u · total, so that u = 0 skips leading tokens without mass.
     drawn = torch.searchsorted(cdf, u.to(cdf.dtype).unsqueeze(-1) * total, right=True)
     last = torch.searchsorted(cdf, total)  # the last token with mass, because u · total may round up to total
-    return torch.minimum(drawn, last).squeeze(-1)
+    return torch.minimum(drawn, last).squeeze(-1), (total.log() + most).squeeze(-1)

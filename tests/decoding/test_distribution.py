@@ -231,7 +231,7 @@ def test_off_the_cpu_no_number_is_waited_for(form):
     assert form.reads_all_of_q(torch.device("cuda")) and not form.reads_all_of_q(torch.device("cpu"))
     outputs = ModelOutputs(q=lookup_in(MANY_Q.to("meta")))
     found, ids = next_token(SHARES.to("meta"), form, outputs)
-    assert sample_from(found, torch.rand(2, device="meta")).shape == (2,)
+    assert sample_from(found, torch.rand(2, device="meta"))[0].shape == (2,)
     assert ids is None or ids.shape == found.shape
 
 
@@ -298,7 +298,7 @@ def test_the_formula_gives_the_values_and_draws_of_the_old_one(form, asked):
     assert torch.equal(new.over_vocabulary(200).argmax(-1), old.argmax(-1))
     if new.ids is None:  # candidates in another order are drawn by other random numbers
         u = torch.rand(64, dtype=torch.float64, generator=generator)
-        assert torch.equal(sample_from(new.scores, u), sample_from(old, u))
+        assert torch.equal(sample_from(new.scores, u)[0], sample_from(old, u)[0])
 
 
 # Rows with different settings in one batch
@@ -326,7 +326,7 @@ def test_one_form_for_rows_with_different_settings_gives_each_row_its_own_distri
     def drawn(form, rows):
         outputs = replace(outputs_of(q[:, rows]), **{name: value[rows] for name, value in asked.items()})
         found = next_token(logits[rows], form, outputs)
-        column = sample_from(found.scores, u[rows])[:, None]
+        column = sample_from(found.scores, u[rows])[0][:, None]
         return found.over_vocabulary(200), column if found.ids is None else found.ids.gather(-1, column)
 
     mixed, tokens = drawn(Form.of_rows(forms, logits.device), slice(None))

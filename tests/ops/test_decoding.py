@@ -8,7 +8,15 @@ from offline_lmrl.ops.decoding import sample_from, uniform
 def test_inverse_cdf_draws_the_token_whose_interval_holds_u():
     scores = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log() - 7.0  # cdf .25 .25 .75 1 1
     u = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2.0**-53], dtype=torch.float64)
-    assert sample_from(scores.expand(6, 5), u).tolist() == [0, 0, 2, 2, 3, 3]
+    drawn, total = sample_from(scores.expand(6, 5), u)
+    assert drawn.tolist() == [0, 0, 2, 2, 3, 3]
+    torch.testing.assert_close(total, torch.full((6,), -7.0, dtype=torch.float64))  # log(Σ p · e⁻⁷), Σ p = 1
+
+
+def test_the_normaliser_is_exact_for_scores_far_from_0():
+    scores = torch.tensor([[-100.0, -101.0, -torch.inf]])
+    _, total = sample_from(scores, torch.tensor([0.5]))
+    assert abs(total.item() - (-99.68673831248178)) < 1e-7  # −100 + log(1 + 1/e); fp32 would be 4e-6 off
 
 
 def test_uniform_is_a_function_of_seed_and_counter_alone():

@@ -53,4 +53,4 @@ def test_half_precision_is_widened_to_fp32(half):
 def test_draws_tell_probabilities_apart_that_fp32_does_not():
     # σ(4e-10) = ½ + 1e-10: the first token has ½ − 1e-10, and u lies between that and ½
     scores = torch.tensor([[0.0, 4e-10]], dtype=torch.float64)
-    assert sample_from(scores, torch.tensor([0.5 - 5e-11], dtype=torch.float64)).tolist() == [1]
+    assert sample_from(scores, torch.tensor([0.5 - 5e-11], dtype=torch.float64))[0].tolist() == [1]
