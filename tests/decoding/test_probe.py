@@ -37,6 +37,7 @@ def test_models_that_read_alike_pass(family):
     ],
 )
 def test_models_that_do_not_are_named(family, check, found):
+    torch.manual_seed(1)  # with some weights CPM-Ant's padding changes nothing that can be measured
     model = as_guided(small_model(family))
     with pytest.raises(InputError, match=f"^model: {found}"):
         check(model, RENDERER)
