@@ -218,16 +218,14 @@ class CachedModel:
           reads: as in `forward`.
         """
         # Columns count the padding of the batch; positions do not, so they start from each row's own length.
-        rows.width, streams = rows.width + 1, rows.streams
+        rows.width = rows.width + 1
         position = torch.minimum(rows.length, rows.last).unsqueeze(-1)
         rows.length = rows.length + 1
-        return self.forward(
-            tokens.unsqueeze(-1).repeat(streams, 1),
-            rows.mask[:, : rows.width].repeat(streams, 1) if rows.padded else None,
-            position.repeat(streams, 1),
-            rows.cache,
-            reads,
-        )
+        ids, mask = tokens.unsqueeze(-1), rows.mask[:, : rows.width] if rows.padded else None
+        if rows.streams > 1:
+            ids, position = ids.repeat(rows.streams, 1), position.repeat(rows.streams, 1)
+            mask = None if mask is None else mask.repeat(rows.streams, 1)
+        return self.forward(ids, mask, position, rows.cache, reads)
 
     def streams(self, form: Form, prompt: Sequence[int]) -> int:
         """Return the number of passes that a prompt needs: 2 if a term of the form compares it with no request."""
