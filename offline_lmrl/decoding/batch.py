@@ -177,6 +177,11 @@ class Batch:
         return [i for i, row in enumerate(self.rows) if row.finished is None]
 
     @property
+    def idle(self) -> int:
+        """The number of tokens that were drawn for finished rows which are still in the batch."""
+        return sum(row.before + self.drawn - row.count for row in self.rows if row.finished is not None)
+
+    @property
     def most_left(self) -> int:
         """The most tokens that may still be drawn for a row that is not finished."""
         return max(
@@ -285,11 +290,14 @@ class Batch:
         keys = [self.rows[i].key for i in which]
         self.sampler.cached_model.store(memory, self.read, which, keys, known, unused)
 
-    def keep(self, which: Sequence[int]) -> None:
-        """Keep only these rows."""
-        chosen = torch.tensor(which, device=self.tokens.device)
-        self.rows = [self.rows[i] for i in which]
-        self.read = self.read.select(chosen, self.most_left)
+    def keep_live(self) -> None:
+        """Keep only the rows that are not finished; the last ones take the places of those that leave."""
+        live = self.live
+        last = live[sum(i < len(live) for i in live) :]
+        order = [i if self.rows[i].finished is None else last.pop() for i in range(len(live))]
+        chosen = torch.tensor(order, device=self.tokens.device)
+        self.rows = [self.rows[i] for i in order]
+        self.read = self.read.select(chosen)
         self.u, self.tokens = self.u[chosen], self.tokens[chosen]
         self.log_prob, self.policy_log_prob = self.log_prob[chosen], self.policy_log_prob[chosen]
         self.counted, self.closed = self.counted[chosen], self.closed[chosen]

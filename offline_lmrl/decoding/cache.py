@@ -48,6 +48,24 @@ class ReservingLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
         return self.keys, self.values
 
+    def keep(self, rows: Tensor, first: int) -> None:
+        """Keep only some rows and columns, in place.
+
+        Args:
+          rows: (R,) long, the row that comes to each place. Only those that change their place are copied.
+          first: the first column that is kept.
+        """
+        moved, width = (
+            (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1),
+            self.get_seq_length(),
+        )
+        kept = []
+        for states in self.buffers or (self.keys, self.values):
+            states[moved, :, first:width] = states[rows[moved], :, first:width]
+            kept.append(states[: len(rows), :, first:])
+        self.buffers = kept
+        self.keys, self.values = (buffer[:, :, : width - first] for buffer in kept)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.buffers = []  # the reordered keys and values are new tensors, without spare space

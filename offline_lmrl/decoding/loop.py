@@ -2,10 +2,11 @@
 
 Rows with different settings share a batch where they can (`Form.kind`). New rows are read by themselves; their caches
 are then joined to those of the running batch, right-aligned, at most every few steps, because all caches are copied
-then. Finished rows leave the batch when they are FINISHED_SHARE of it or when others join; columns of the cache that
-no row needs any more leave with them. Models whose caches cannot be joined (sliding windows, recurrent states), rows
-with options, and rows in two streams (a requested return with guidance) run in whole batches: others of their kind
-wait until it is finished.
+then. Finished rows leave the batch when others join, or once the steps that they take in vain cost as much time as
+leaving (LEAVING_COST): the last rows then move to their places, and no other row is copied. Columns of the cache that
+no row needs any more are no longer read; their memory is freed when others join, or with the batch. Models whose
+caches cannot be joined (sliding windows, recurrent states), rows with options, and rows in two streams (a requested
+return with guidance) run in whole batches: others of their kind wait until it is finished.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,9 @@ from offline_lmrl.logs.protocols import Reply
 if TYPE_CHECKING:
     from offline_lmrl.decoding.sampler import Sampler
 
-FINISHED_SHARE = 0.25  # finished rows are removed from the batch once they make up this share of it
+# Time that it takes to remove rows from a batch, in steps. Measured for 32 rows: .22 with two layers of width 64, .02
+# with GPT-2 small. With any number from 0 to .5, tokens per second of either model differ by less than a tenth.
+LEAVING_COST = 1 / 16
 JOIN_EVERY = 4  # steps of a running batch after which rows may join it again
 
 
@@ -115,6 +118,7 @@ class SamplingLoop:
             self.waiting.setdefault(self._kind(row), []).append(row)
         return [row.key for row in rows]
 
+    @torch.inference_mode()
     def cancel(self, rows: Sequence[int]) -> None:
         """Stop drawing these rows; keys of rows that have finished are ignored."""
         unwanted = set(rows)
@@ -221,13 +225,13 @@ class SamplingLoop:
         return batch.joined_by(rows, read, outputs)
 
     def _leave(self, kind: tuple, batch: Batch) -> None:
-        """Remove the finished rows of a batch once they are FINISHED_SHARE of it."""
-        finished = [i for i, row in enumerate(batch.rows) if row.finished is not None]
-        if not finished or len(finished) < FINISHED_SHARE * len(batch.rows):
+        """Remove the finished rows of a batch before their idle steps cost as much as it costs to remove them."""
+        finished, count = [i for i, row in enumerate(batch.rows) if row.finished is not None], len(batch.rows)
+        if not finished or len(finished) < count and batch.idle + len(finished) < LEAVING_COST * count:
             return
         self._hand_over(batch, finished)
-        if live := batch.live:
-            batch.keep(live)
+        if batch.live:
+            batch.keep_live()
         else:
             del self.batches[kind]
 

@@ -44,12 +44,13 @@ def llama_step(decoder: LlamaModel, x: Tensor, mask: Tensor | None, position: Te
     for layer, cached in zip(decoder.layers, cache.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         h = layer.input_layernorm.forward(x)
-        heads = (len(x), -1, 1, attention.head_dim)
+        heads = (x.shape[0], -1, 1, attention.head_dim)
         query = attention.q_proj.forward(h).view(heads)
         key = attention.k_proj.forward(h).view(heads)
         value = attention.v_proj.forward(h).view(heads)
-        query = query * cos + query.roll(half, -1) * sin
-        key = key * cos + key.roll(half, -1) * sin
+        both = torch.cat([query, key], dim=1)
+        both = both * cos + both.roll(half, -1) * sin
+        query, key = both.split([query.shape[1], key.shape[1]], dim=1)
         x = x + attention.o_proj.forward(_attended(attention, query, *cached.update(key, value), mask))
         h = layer.post_attention_layernorm.forward(x)
         h = mlp.act_fn.forward(mlp.gate_proj.forward(h)) * mlp.up_proj.forward(h)
@@ -62,7 +63,7 @@ def gpt2_step(decoder: GPT2Model, x: Tensor, mask: Tensor | None, position: Tens
     x = x + decoder.wpe.forward(position)
     for layer, cached in zip(decoder.h, cache.layers, strict=True):
         attention, mlp = layer.attn, layer.mlp
-        heads = (len(x), -1, 1, attention.head_dim)
+        heads = (x.shape[0], -1, 1, attention.head_dim)
         parts = attention.c_attn.forward(layer.ln_1.forward(x)).split(attention.split_size, dim=-1)
         query, key, value = (part.view(heads) for part in parts)
         x = x + attention.c_proj.forward(_attended(attention, query, *cached.update(key, value), mask))

@@ -78,16 +78,22 @@ class Rows:
         """Return the cache rows (streams · R,) of R batch rows (R,): all of stream 0, then all of stream 1, if any."""
         return torch.cat([rows + stream * len(self.length) for stream in range(self.streams)])
 
-    def select(self, rows: Tensor, reserve: int) -> "Rows":
-        """Return a batch of only these rows, (R,) indices, which has space for `reserve` tokens more.
+    def select(self, rows: Tensor) -> "Rows":
+        """Return a batch of only these rows, (R,) indices; the cache is changed in place.
 
         Columns at the start that are padding in all of them are dropped, if the cache has columns.
         """
+        first, mask, in_cache = 0, self.mask[rows], self.in_cache(rows)
         if is_kept_per_token(self.cache):
-            return _joined([(self, rows)], reserve)
-        self.cache.reorder_cache(self.in_cache(rows))  # recurrent layers lack batch_select_indices, but have this
-        tensors = self.length[rows], self.last[rows], self.mask[rows]
-        return Rows(*tensors, self.cache, self.width, self.padded, self.streams)
+            first = _first_needed(mask[:, : self.width]) if self.padded else 0
+            for layer in self.cache.layers:
+                if layer.is_initialized:  # others use the keys and values of another one
+                    layer.keep(in_cache, first)
+        else:
+            self.cache.reorder_cache(in_cache)  # recurrent layers lack batch_select_indices, but have this
+        mask, width = mask[:, first:], self.width - first
+        padded = self.padded and not bool(mask[:, :width].all())
+        return Rows(self.length[rows], self.last[rows], mask, self.cache, width, padded, self.streams)
 
     def joined_by(self, rows: Tensor, others: "Rows", reserve: int) -> "Rows":
         """Return a batch of these rows, (R,) indices, and then of all rows of another batch, right-aligned.
@@ -98,14 +104,19 @@ class Rows:
         return _joined([(self, None if everyone else rows), (others, None)], reserve)
 
 
+def _first_needed(mask: Tensor) -> int:
+    """Return the first column of a mask (B, L) that holds a token of some row."""
+    return int(mask.any(0).int().argmax())
+
+
 def _joined(parts: Sequence[tuple[Rows, Tensor | None]], reserve: int) -> Rows:
-    """Return a batch of the rows (R,) of each part, None = all; see `Rows.select` and `Rows.joined_by`."""
+    """Return a batch of the rows (R,) of each part, None = all; see `Rows.joined_by`."""
     everything = slice(None)
     lengths, lasts, masks, taken = [], [], [], []
     for rows, chosen in parts:
         own = everything if chosen is None else chosen
         mask = rows.mask[own, : rows.width]
-        first = int(mask.any(0).int().argmax()) if rows.padded else 0  # the first column that some row needs
+        first = _first_needed(mask) if rows.padded else 0
         lengths.append(rows.length[own])
         lasts.append(rows.last[own])
         masks.append(mask[:, first:])
@@ -207,16 +218,14 @@ class CachedModel:
           reads: as in `forward`.
         """
         # Columns count the padding of the batch; positions do not, so they start from each row's own length.
-        rows.width, streams = rows.width + 1, rows.streams
+        rows.width = rows.width + 1
         position = torch.minimum(rows.length, rows.last).unsqueeze(-1)
         rows.length = rows.length + 1
-        return self.forward(
-            tokens.unsqueeze(-1).repeat(streams, 1),
-            rows.mask[:, : rows.width].repeat(streams, 1) if rows.padded else None,
-            position.repeat(streams, 1),
-            rows.cache,
-            reads,
-        )
+        ids, mask = tokens.unsqueeze(-1), rows.mask[:, : rows.width] if rows.padded else None
+        if rows.streams > 1:
+            ids, position = ids.repeat(rows.streams, 1), position.repeat(rows.streams, 1)
+            mask = None if mask is None else mask.repeat(rows.streams, 1)
+        return self.forward(ids, mask, position, rows.cache, reads)
 
     def streams(self, form: Form, prompt: Sequence[int]) -> int:
         """Return the number of passes that a prompt needs: 2 if a term of the form compares it with no request."""

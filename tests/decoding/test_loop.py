@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding import loop as loop_module
+from offline_lmrl.decoding.cache import CacheMemory, ReservingLayer
 from offline_lmrl.decoding.loop import Request, SamplingLoop
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.prompts import CachedModel
@@ -92,6 +93,38 @@ def test_rows_that_join_at_any_time_with_any_settings_get_what_they_get_alone(fa
     assert not loop.batches and not loop.waiting
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_replies_and_caches_do_not_depend_on_when_finished_rows_leave(family, monkeypatch):
+    sampler, found = sampler_of(MODELS[family]()), {}
+    lengths = [9, 1, 4, 4, 2, 12, 7, 1]
+    prompts = [[n % 5 + 1] * (1 + n % 3) for n in range(len(lengths))]
+    for cost in (0.0, 0.5, 1e9):
+        monkeypatch.setattr(loop_module, "LEAVING_COST", cost)
+        loop = SamplingLoop(sampler, CacheMemory(2**20))
+        first = run(loop, [[request(p, n, max_new_tokens=lengths[n]) for n, p in enumerate(prompts)]])
+        longer = [[*p, *(event.token for event in events), 7] for p, events in zip(prompts, first, strict=True)]
+        second = run(loop, [[request(p, n, max_new_tokens=6) for n, p in enumerate(longer)]])
+        found[cost] = [event for events in first + second for event in events]
+    for cost in (0.5, 1e9):
+        assert [event.token for event in found[cost]] == [event.token for event in found[0.0]]
+        numbers, expected = ([event.log_prob for event in found[key]] for key in (cost, 0.0))
+        assert_close(torch.tensor(numbers), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_finished_rows_leave_before_their_idle_steps_cost_what_leaving_costs(monkeypatch):
+    monkeypatch.setattr(loop_module, "LEAVING_COST", 0.5)
+    loop = SamplingLoop(never_closing(tiny()))
+    keys = loop.add([request([1, 2], n, max_new_tokens=2 if n == 1 else 9) for n in range(6)])
+    sizes = []
+    for _ in range(6):
+        loop.step()
+        (batch,) = loop.batches.values()
+        sizes.append(len(batch.rows))
+    # Finished after 2 draws; after 4 it has taken 2 idle steps, and the next would be the third: half of 6.
+    assert sizes == [6, 6, 6, 5, 5, 5]
+    assert [row.key for row in batch.rows] == [keys[n] for n in (0, 5, 2, 3, 4)]  # the last has taken its place
+
+
 def request(prompt, seed=0, **settings):
     return Request(prompt, seed, DecodingConfig(**settings))
 
@@ -145,6 +178,20 @@ def test_a_longer_prompt_joins_to_the_left_and_its_columns_leave_with_it():
     assert [len(row.tokens) for row in batch.rows] == [5]
     assert batch.read.width == 5 and not batch.read.padded  # 1 of the prompt, and 4 that were read of the reply
     assert batch.read.cache.layers[0].keys.shape[:3] == (1, 2, 5)
+
+
+def test_only_the_last_rows_of_a_cache_move_to_free_places_and_the_first_columns_go():
+    keys, values = torch.arange(24.0).view(4, 1, 3, 2), -torch.arange(24.0).view(4, 1, 3, 2)  # 6 numbers per row
+    layer = ReservingLayer(reserve=2)
+    layer.update(keys, values)
+    memory = layer.buffers[0].data_ptr()
+    layer.keep(torch.tensor([0, 3]), first=1)  # rows 1 and 2 leave
+    expected = torch.tensor([[[[2.0, 3.0], [4.0, 5.0]]], [[[20.0, 21.0], [22.0, 23.0]]]])
+    assert torch.equal(layer.keys, expected) and torch.equal(layer.values, -expected)
+    new = torch.ones(2, 1, 1, 2)
+    found, _ = layer.update(new, new)
+    assert torch.equal(found, torch.cat([expected, new], dim=2))
+    assert layer.buffers[0].data_ptr() == memory + 2 * 4  # the second column of the same memory
 
 
 def test_cancelled_rows_leave_and_their_memory_is_freed():
