@@ -68,7 +68,7 @@ class MCAWBCTrainer(OfflineTrainer):
         return Encoding(scale, rule, request={"alike": self.args.inverse_temperature == 0})
 
     def prepare_model(self, model, windows):
-        returns, after_cut = map(windows.column, ("return_to_go", "end_discount"))
+        returns, after_cut = windows.columns("return_to_go", "end_discount").values()
         known = after_cut == 0
         self.continues = bool(known.any())
         self.baseline = float(np.mean(returns[known] if self.continues else returns))

@@ -77,9 +77,8 @@ def relabel(
     windows = WindowDataset(encoded, policy.renderer.close_id, next_rows=True, end_rows=False)
     values = compute_step_outputs(policy.model, windows, ("target_q", "v", "next_v"))
     last = windows.last_steps
-    known, logged, bootstrap = (
-        torch.from_numpy(windows.column(name)[last]) for name in ("has_target", "reward", "bootstrap")
-    )
+    columns = windows.columns("has_target", "reward", "bootstrap")
+    known, logged, bootstrap = (torch.from_numpy(values[last]) for values in columns.values())
     target_q, v, next_v = (torch.from_numpy(column[last]) for column in (values.target_q, values.v, values.next_v))
     # If a log is cut after a finished agent turn, V before its last token is used for the whole remaining return.
     reward = torch.where(known, logged, v)

@@ -214,15 +214,18 @@ class WindowDataset(PackedDataset):
 
     def closing_columns(self) -> dict[str, np.ndarray]:
         """Return the columns of the M steps that close a turn and have a target: name -> (M,), as `expand` returns."""
-        parts = [
+        return joined(
             {name: values[part["closes_turn"] & part["has_target"]] for name, values in part.items()}
             for part in self.step_parts()
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
+
+    def columns(self, *names: str) -> dict[str, np.ndarray]:
+        """Return columns of all N steps, name -> (N,), in one pass over the data: of those that `expand` returns."""
+        return joined({name: part[name] for name in names} for part in self.step_parts())
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of all N steps, (N,): one that `expand` returns, or a further one."""
-        return self.extra[name] if name in self.extra else np.concatenate([part[name] for part in self.step_parts()])
+        return self.extra[name] if name in self.extra else self.columns(name)[name]
 
     def _steps(
         self, index: np.ndarray, rows: tuple[np.ndarray, np.ndarray]
@@ -484,6 +487,12 @@ def encoded_windows(windows: Iterable[Window], encoder: EpisodeEncoder, counts: 
     _require_windows(len(lists["input_ids"][0]), counts)
     ends = {name: np.concatenate([[0], lengths.cumsum()]) for name, (_, lengths) in lists.items()}
     return EncodedWindows({name: (values, ends[name]) for name, (values, _) in lists.items()}, encoder.step_rule)
+
+
+def joined(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Concatenate the columns of some parts, at least one, which have the same names."""
+    parts = list(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def flatten(windows: Sequence[Window]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

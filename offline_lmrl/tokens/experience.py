@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.tokens.batching import WindowDataset, encoded_windows, places_of
+from offline_lmrl.tokens.batching import WindowDataset, encoded_windows, joined, places_of
 from offline_lmrl.tokens.episodes import EpisodeEncoder, Window
 from offline_lmrl.tokens.windows import Ids
 
@@ -70,8 +70,7 @@ class Experience:
     @cached_property
     def steps(self) -> dict[str, np.ndarray]:
         """The columns of the steps that `expand` (tokens/steps.py) returns: name -> (N,)."""
-        parts = list(self.windows.step_parts())
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return joined(self.windows.step_parts())
 
     def column(self, name: str) -> Tensor:
         """Return the column of this name, (N,): one of `steps` or one that `add` stored."""
