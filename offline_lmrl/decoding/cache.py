@@ -55,10 +55,8 @@ class ReservingLayer(DynamicLayer):
           rows: (R,) long, the row that comes to each place. Only those that change their place are copied.
           first: the first column that is kept.
         """
-        moved, width = (
-            (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1),
-            self.get_seq_length(),
-        )
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
+        width = self.get_seq_length()
         kept = []
         for states in self.buffers or (self.keys, self.values):
             states[moved, :, first:width] = states[rows[moved], :, first:width]

@@ -322,15 +322,16 @@ class _Pupil:
             below = self._below(texts)
             if below & {*_stack(self.student)[self.first :].parameters()}:
                 return
-            for weight in below:
-                weight.requires_grad_(False)
-            self.weights = [weight for weight in self.weights if weight not in below]
             self.skips = True
             with torch.no_grad():
                 found = self.divergence(policy, self.read(policy.model, texts))
             self.skips = torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
         except Exception:  # whatever a model's own code makes of skipped layers
             self.skips = False
+        if self.skips:
+            self.weights = [weight for weight in self.weights if weight not in below]
+            for weight in below:
+                weight.requires_grad_(False)
 
     def _below(self, texts: Sequence[Text]) -> set[nn.Parameter]:
         """Return the trained weights on which the input of the first trained layer depends."""
